@@ -1,0 +1,232 @@
+/*
+ * smtp.h - all that the three files know of each other.
+ *
+ *   smtp.c      the server: options, listening, the select() loop, the dialogue
+ *   forward.c   everything after the final dot: the spool and the way out
+ *   dns.c       names to addresses
+ *
+ * Calls run one way, smtp.c to forward.c to dns.c.  Shared back are only the
+ * log, die(), the line reader and the settings, which nobody writes once the
+ * loop runs.  Every file includes this header first, so that the feature
+ * macros below come before any system header.
+ */
+#ifndef SMTP_H
+#define SMTP_H
+
+#define _POSIX_C_SOURCE 200809L /* POSIX.1-2008, and nothing beside it */
+#define _FILE_OFFSET_BITS 64    /* where it matters: files over 2 GiB ... */
+#define _TIME_BITS 64           /* ... and dates after 2038 on 32 bits */
+
+#include <sys/types.h>
+#include <sys/socket.h>
+#include <netinet/in.h>
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <time.h>
+
+#define VERSION "0.1"
+
+/* ---- sizes ------------------------------------------------------------- */
+
+enum {
+    PATH_LIMIT = 256,       /* a path, its < and > included: RFC 5321 4.5.3.1.3 */
+    DOMAIN_LIMIT = 255,     /* a domain: 4.5.3.1.2 */
+    LOCAL_LIMIT = 64,       /* a local part: 4.5.3.1.1 */
+    RECIPIENT_LIMIT = 1000, /* RCPTs in a transaction: 4.5.3.1.8 asks for 100 */
+    ID_SIZE = 48,           /* a message's name in the spool, with its NUL */
+    REPLY_SIZE = 512,       /* one reply, made a single line, with its NUL */
+    ADDRESS_TEXT = INET6_ADDRSTRLEN
+};
+
+/* ---- settings: written by main(), read by all -------------------------- */
+
+/* An address and port of either family, in place of casts. */
+union address {
+    struct sockaddr sa;
+    struct sockaddr_in in;
+    struct sockaddr_in6 in6;
+};
+
+struct network {            /* clients that may relay: -a */
+    union address base;
+    unsigned bits;          /* how many leading bits count */
+};
+
+enum { NAMESERVERS = 3 };
+
+struct nameservers {
+    union address server[NAMESERVERS];
+    size_t count;           /* 1 to NAMESERVERS */
+};
+
+struct settings {
+    const char *hostname;           /* -h: what we call ourselves */
+    const char *spool;              /* -q: absolute path of the spool */
+    const char *postmaster;         /* -M: where <Postmaster> goes */
+    const struct network *allowed;  /* -a, `allowed_count` of them */
+    size_t allowed_count;
+    const union address *listening; /* what we accept connections on */
+    size_t listening_count;
+    struct nameservers nameservers; /* -n, or those of resolv.conf */
+    const char *smarthost;          /* -s: its name or address, or NULL */
+    unsigned smarthost_port;
+    unsigned mx_port;               /* -P: where exchangers listen */
+    unsigned long long max_size;    /* -m: octets in a message, 0 for any */
+    long idle;                      /* -t: seconds of silence from a client */
+    long retry, expire;             /* -r, -e: seconds */
+    long wait;                      /* -w: longest step with an exchanger, seconds; 0: RFC 5321's */
+    long forwarders;                /* -j: how many children forward at once */
+    bool verbose;                   /* -v: log both dialogues */
+};
+
+extern struct settings settings;
+
+/* ---- smtp.c: the log and the line reader ------------------------------- */
+
+/* Writes one line to stderr, as one write(), cut at 2,000 octets; control and
+ * 8-bit characters become '?', so nobody outside can forge a line. */
+void logmsg(const char *format, ...);
+
+/* Logs like logmsg(), with errno's text behind it where errno is not 0, and
+ * exits 1.  Only for what cannot go on. */
+void die(const char *format, ...);
+
+struct line {
+    size_t length;  /* octets of text, the line end left out */
+    size_t used;    /* octets to consume, line end included; 0: the end is not here yet */
+    bool bare;      /* the text holds a bare CR or LF */
+};
+
+/* The one rule for line ends (RFC 5321 2.3.8): a line ends at CRLF, and a CR or
+ * LF by itself is a fault in the text, never an end.  In an `lf` session an LF
+ * ends the line, with a CR before it or without.  Looks at `size` octets of
+ * `bytes`.  Where the end has not come yet, the text is all of them but a last
+ * CR, whose meaning is still open. */
+struct line next_line(const char *bytes, size_t size, bool lf);
+
+/* ---- forward.c: drafts, the messages that are still being received ----- */
+
+struct draft {
+    int fd;             /* its file in tmp/, or -1 */
+    int error;          /* errno of the first write that failed: sticky, asked once */
+    char id[ID_SIZE];   /* its name here, in queue/, in the log and in the 250 */
+};
+
+/* Makes the spool ready for this process: makes it where it is missing, as root
+ * for `owner`, and goes into it.  Dies with the reason. */
+void spool_enter(uid_t owner, gid_t group);
+
+/* Checks that the spool is ours alone, makes tmp/ and queue/, takes the lock
+ * that keeps a second server out, clears tmp/ of what a crash left.  Returns
+ * the lock's descriptor, which has to stay open.  Dies with the reason. */
+int spool_take(void);
+
+/* Opens an empty draft, named after the clock and the client's `port`.  False,
+ * and d->error says why, when there is no room or no descriptor. */
+bool draft_open(struct draft *d, unsigned port);
+
+/* Appends.  A failure is kept in d->error and silences all that follows. */
+void draft_add(struct draft *d, const char *bytes, size_t size);
+
+/* Closes the draft and removes it. */
+void draft_drop(struct draft *d);
+
+/* Closes this process's descriptor of it; the file is somebody else's now. */
+void draft_forget(struct draft *d);
+
+/* The reply for a draft that failed with `error`: 452 or 451, without line end. */
+const char *draft_refusal(int error);
+
+/* ---- forward.c: what runs in a child and never returns ----------------- */
+
+/* How a forwarder exits: the server counts on it to be fair (see smtp.c). */
+enum { FORWARD_DONE = 0, FORWARD_UNREACHABLE = 75 };
+
+/* Forwarders that go to the same place share a lane: a hash of the domain, or 0
+ * where all mail goes to the smarthost.  `domain` ends at its NUL or '>'. */
+uint32_t lane_of(const char *domain);
+
+/* Makes the draft durable, then writes the client's reply line to `reply_fd`
+ * and closes it.  With `forward_now` it goes on to forward the message, else it
+ * offers it on `due_fd` and exits. */
+void hand_over(struct draft *d, int reply_fd, int due_fd, uint32_t lane, bool forward_now);
+
+/* Tries everybody a message in queue/ is still owed to, once. */
+void forward_due(const char *id);
+
+/* One line on the due pipe: an id and its lane, in hexadecimal.  Shorter than
+ * _POSIX_PIPE_BUF (512), so that lines of several writers never mix. */
+#define DUE_FORMAT "%s %08lx\n"
+enum { DUE_SIZE = ID_SIZE + 10 };
+
+/* Finds what is due in queue/ and offers it on `due_fd`, for as long as process
+ * `server` lives.  SIGHUP makes everything due. */
+void run_queue(int due_fd, pid_t server);
+
+/* smtp -l: prints the queue.  Returns the exit status. */
+int list_queue(void);
+
+/* ---- dns.c: sockets and waiting ---------------------------------------- */
+
+/* Milliseconds by the clock that never jumps: for time-outs. */
+int64_t clock_ms(void);
+
+/* A socket of `type` that never blocks and is small enough for an fd_set, or -1
+ * with errno. */
+int socket_open(const union address *to, int type);
+
+/* Waits until `fd` can be read (or written, where `writing`) or clock_ms()
+ * reaches `deadline`; true says that it can.  Sets errno otherwise. */
+bool wait_ready(int fd, bool writing, int64_t deadline);
+
+/* ---- dns.c: names to addresses ----------------------------------------- */
+
+enum { DNS_NAME_SIZE = 256, DNS_RECORDS = 20, DNS_QUERIES = 40 };
+
+enum dns_type { DNS_A = 1, DNS_CNAME = 5, DNS_MX = 15, DNS_AAAA = 28 };
+
+enum dns_status {
+    DNS_FOUND,      /* records[0..count-1] hold the answer */
+    DNS_NODATA,     /* the name exists, but has no record of this type */
+    DNS_NXDOMAIN,   /* the name does not exist */
+    DNS_FAILED      /* no usable answer now: SERVFAIL, silence, garbage */
+};
+
+struct dns_record {
+    unsigned preference;        /* MX: lower is better */
+    char name[DNS_NAME_SIZE];   /* MX: the exchanger; "" is the root */
+    union address address;      /* A, AAAA: port 0 */
+};
+
+struct dns_query {
+    const char *name;           /* in: without a final dot; the caller's */
+    enum dns_type type;         /* in: A, AAAA or MX */
+    enum dns_status status;     /* out */
+    const char *why;            /* out, when DNS_FAILED: a constant text */
+    size_t count;               /* out: of MX records the most preferred, sorted */
+    struct dns_record records[DNS_RECORDS];
+};
+
+/* Asks all `count` (at most DNS_QUERIES) queries at once and returns when each
+ * has its status: after milliseconds as a rule, half a minute at most.  RFC 1035
+ * over UDP, TCP where an answer is truncated, EDNS0 (RFC 6891). */
+void dns_ask(const struct nameservers *servers, struct dns_query *queries, size_t count);
+
+/* Reads the nameserver lines of a resolv.conf; 127.0.0.1 where there is none. */
+void dns_servers(const char *path, struct nameservers *servers);
+
+/* Sets `a` from an IPv4 or IPv6 address in text.  False: it is none. */
+bool address_parse(const char *text, unsigned port, union address *a);
+
+/* Splits host, host:port or [host]:port.  False: too long, or no such port. */
+bool endpoint_parse(const char *text, unsigned default_port, char host[DNS_NAME_SIZE], unsigned *port);
+
+/* The address alone, in text, into `text`, which is returned. */
+const char *address_text(const union address *a, char text[ADDRESS_TEXT]);
+
+unsigned address_port(const union address *a);
+socklen_t address_size(const union address *a);
+
+#endif
