@@ -1,0 +1,751 @@
+/*
+ * dns.c - names to addresses: a stub resolver after RFC 1035.
+ *
+ * It knows nothing of mail: names go in, records come out.  All queries of a
+ * call are in flight at once, each on a socket of its own with a random port
+ * and a random id, because whoever guesses both can forge an answer (RFC 5452).
+ *
+ * To run it alone:
+ *
+ *     cc -DDNS_MAIN -o dns dns.c && ./dns example.org
+ *
+ * Contents, to be read from the end:
+ *   Addresses          text to address and back
+ *   Waiting            sockets that do not block, and the clock
+ *   Chance             ids and ports nobody can guess
+ *   Packets            the only functions that touch an answer's bytes
+ *   Answers            what an answer says, and whether it answers us
+ *   Asking             UDP, then TCP where it has to be
+ */
+#include "smtp.h"
+
+#include <arpa/inet.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <netinet/tcp.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <strings.h>
+#include <sys/select.h>
+#include <unistd.h>
+
+enum {
+    DNS_PORT = 53,
+    NAME_LIMIT = 253,       /* a name as text: 255 octets on the wire (RFC 1035 2.3.4) */
+    LABEL_LIMIT = 63,
+    QUERY_SIZE = 12 + 255 + 4 + 11,     /* header, name, type and class, OPT */
+    ANSWER_SIZE = 65535,    /* the most that TCP's two octets of length can say */
+    UDP_SIZE = 1232,        /* what we say we take (RFC 6891 6.2.5): no fragments */
+    ROUNDS = 3,             /* how often each server is asked ... */
+    FIRST_WAIT = 2000,      /* ... and how many ms it has, doubled every round */
+    TCP_WAIT = 5000,
+    CHAIN_LIMIT = 8         /* CNAMEs in a row; RFC 1034 3.6.2 wants none */
+};
+
+/* ==== Addresses ========================================================== */
+
+bool address_parse(const char *text, unsigned port, union address *a)
+{
+    memset(a, 0, sizeof *a);
+    if (inet_pton(AF_INET, text, &a->in.sin_addr) == 1) {
+        a->in.sin_family = AF_INET;
+        a->in.sin_port = htons((uint16_t)port);
+        return true;
+    }
+    if (inet_pton(AF_INET6, text, &a->in6.sin6_addr) == 1) {
+        a->in6.sin6_family = AF_INET6;
+        a->in6.sin6_port = htons((uint16_t)port);
+        return true;
+    }
+    return false;
+}
+
+bool endpoint_parse(const char *text, unsigned default_port, char host[DNS_NAME_SIZE], unsigned *port)
+{
+    const char *colon = strchr(text, ':');
+    size_t length = strlen(text);
+
+    *port = default_port;
+    if (text[0] == '[') {               /* [::1]:25, or [::1] */
+        const char *close = strchr(++text, ']');
+        if (close == NULL || (close[1] != '\0' && close[1] != ':'))
+            return false;
+        length = (size_t)(close - text);
+        colon = close[1] == ':' ? close + 1 : NULL;
+    } else if (colon != NULL && strchr(colon + 1, ':') != NULL) {
+        colon = NULL;                   /* ::1: an IPv6 address by itself */
+    } else if (colon != NULL) {
+        length = (size_t)(colon - text);
+    }
+    if (colon != NULL) {
+        char *end;
+        unsigned long value = strtoul(colon + 1, &end, 10);
+        if (colon[1] < '0' || colon[1] > '9' || *end != '\0' || value < 1 || value > 65535)
+            return false;
+        *port = (unsigned)value;
+    }
+    if (length == 0 || length >= DNS_NAME_SIZE)
+        return false;
+    memcpy(host, text, length);
+    host[length] = '\0';
+    return true;
+}
+
+const char *address_text(const union address *a, char text[ADDRESS_TEXT])
+{
+    const void *bytes = a->sa.sa_family == AF_INET6 ? (const void *)&a->in6.sin6_addr : &a->in.sin_addr;
+
+    if (inet_ntop(a->sa.sa_family, bytes, text, ADDRESS_TEXT) == NULL)
+        strcpy(text, "?");
+    return text;
+}
+
+unsigned address_port(const union address *a)
+{
+    return ntohs(a->sa.sa_family == AF_INET6 ? a->in6.sin6_port : a->in.sin_port);
+}
+
+socklen_t address_size(const union address *a)
+{
+    return a->sa.sa_family == AF_INET6 ? sizeof a->in6 : sizeof a->in;
+}
+
+/* ==== Waiting ============================================================ */
+
+int64_t clock_ms(void)
+{
+    struct timespec now;
+
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return (int64_t)now.tv_sec * 1000 + now.tv_nsec / 1000000;
+}
+
+int socket_open(const union address *to, int type)
+{
+    const int on = 1;
+    int fd = socket(to->sa.sa_family, type, 0);
+
+    if (fd < 0)
+        return -1;
+    if (fd >= FD_SETSIZE) {     /* in an fd_set it would overwrite what stands behind the set */
+        close(fd);
+        errno = EMFILE;
+        return -1;
+    }
+    fcntl(fd, F_SETFL, O_NONBLOCK);
+    if (type == SOCK_STREAM)    /* a dialogue: what is written is wanted now, not when more has come */
+        setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &on, sizeof on);
+    return fd;
+}
+
+bool wait_ready(int fd, bool writing, int64_t deadline)
+{
+    for (;;) {
+        int64_t left = deadline - clock_ms();
+        struct timeval timeout;     /* made anew each time: Linux's select() counts it down */
+        fd_set set;
+        int ready;
+
+        if (left <= 0) {
+            errno = ETIMEDOUT;
+            return false;
+        }
+        timeout.tv_sec = (time_t)(left / 1000);
+        timeout.tv_usec = (suseconds_t)(left % 1000 * 1000);
+        FD_ZERO(&set);
+        FD_SET(fd, &set);
+        ready = select(fd + 1, writing ? NULL : &set, writing ? &set : NULL, NULL, &timeout);
+        if (ready > 0)
+            return true;
+        if (ready < 0 && errno != EINTR)
+            return false;
+    }
+}
+
+/* ==== Chance ============================================================= */
+
+/* 16 bits that nobody can guess.  The pool is filled per process, so that a
+ * child never hands out what its parent or its siblings did. */
+static unsigned random16(void)
+{
+    static unsigned char pool[64];
+    static size_t left;
+    static pid_t owner;
+
+    if (left == 0 || owner != getpid()) {
+        int fd = open("/dev/urandom", O_RDONLY);
+        ssize_t got = fd < 0 ? -1 : read(fd, pool, sizeof pool);
+
+        if (fd >= 0)
+            close(fd);
+        if (got != (ssize_t)sizeof pool) {
+            /* An empty chroot.  The clock's nanoseconds, the pid and where the
+             * loader put us, stirred by splitmix64, are harder to guess than a
+             * counter, but not secret: the random ports have to carry more. */
+            static uint64_t state;
+            struct timespec now;
+
+            clock_gettime(CLOCK_REALTIME, &now);
+            state ^= (uint64_t)now.tv_nsec << 32 ^ (uint64_t)now.tv_sec << 16 ^ (uint64_t)getpid() ^ (uintptr_t)&now;
+            for (size_t i = 0; i < sizeof pool; i++) {
+                uint64_t z = state += UINT64_C(0x9e3779b97f4a7c15);
+                z = (z ^ z >> 30) * UINT64_C(0xbf58476d1ce4e5b9);
+                z = (z ^ z >> 27) * UINT64_C(0x94d049bb133111eb);
+                pool[i] = (unsigned char)(z >> 56);
+            }
+        }
+        left = sizeof pool;
+        owner = getpid();
+    }
+    left -= 2;
+    return (unsigned)pool[left] << 8 | pool[left + 1];
+}
+
+/* ==== Packets ============================================================ */
+
+/* A place in an answer.  Everything is read through get() and get_name(), which
+ * never pass the end of what was received and make `bad` stick. */
+struct cursor {
+    const unsigned char *bytes;
+    size_t size, at;
+    bool bad;
+};
+
+/* A number of `octets` octets, the most significant first. */
+static unsigned long get(struct cursor *c, size_t octets)
+{
+    unsigned long value = 0;
+
+    if (octets > c->size - c->at) {
+        c->bad = true;
+        c->at = c->size;
+        return 0;
+    }
+    while (octets-- > 0)
+        value = value << 8 | c->bytes[c->at++];
+    return value;
+}
+
+/* A name, with its compression (RFC 1035 4.1.4) undone.  A pointer has to lead
+ * to before the place where the piece it stands in began: so there is an end. */
+static void get_name(struct cursor *c, char name[DNS_NAME_SIZE])
+{
+    size_t used = 0, start = c->at, behind = 0;
+
+    name[0] = '\0';
+    for (;;) {
+        size_t length = get(c, 1);
+
+        if (length >= 0xC0) {
+            size_t target = (length & 0x3F) << 8 | get(c, 1);
+            if (target >= start)
+                c->bad = true;
+            if (behind == 0)
+                behind = c->at;
+            start = c->at = target;
+        } else if (length > LABEL_LIMIT || length > c->size - c->at || used + length + 1 > NAME_LIMIT + 1) {
+            c->bad = true;
+        } else if (length > 0) {
+            if (used > 0)
+                name[used++] = '.';
+            for (; length > 0; length--, used++) {
+                unsigned char octet = c->bytes[c->at++];
+                /* Names go into logs and files: what is not printable, or
+                 * would pass for a dot between labels, is no host of ours. */
+                name[used] = octet > ' ' && octet < 0x7F && octet != '.' ? (char)octet : '?';
+            }
+            name[used] = '\0';
+        } else {
+            break;
+        }
+        if (c->bad) {
+            name[0] = '\0';
+            return;
+        }
+    }
+    if (behind != 0)
+        c->at = behind;
+}
+
+static size_t put16(unsigned char *out, unsigned value)
+{
+    out[0] = (unsigned char)(value >> 8);
+    out[1] = (unsigned char)value;
+    return 2;
+}
+
+/* Writes a query (RFC 1035 4.1).  Returns its size, 0 if `name` can be no name. */
+static size_t put_query(unsigned char out[QUERY_SIZE], unsigned id, const char *name, enum dns_type type, bool edns)
+{
+    size_t n = 0;
+
+    if (strlen(name) > NAME_LIMIT)
+        return 0;
+    n += put16(out + n, id);
+    n += put16(out + n, 0x0100);        /* a query; recursion desired */
+    n += put16(out + n, 1);             /* one question, */
+    n += put16(out + n, 0);
+    n += put16(out + n, 0);
+    n += put16(out + n, edns ? 1 : 0);  /* and our OPT */
+    while (*name != '\0') {
+        size_t length = strcspn(name, ".");
+
+        if (length == 0 || length > LABEL_LIMIT)
+            return 0;
+        out[n++] = (unsigned char)length;
+        memcpy(out + n, name, length);
+        n += length;
+        name += length + (name[length] == '.');
+    }
+    out[n++] = 0;
+    n += put16(out + n, type);
+    n += put16(out + n, 1);             /* class IN */
+    if (edns) {                         /* RFC 6891 6.1.2: root, OPT, our size, no flags, no data */
+        static const unsigned char opt[] = { 0, 0, 41, UDP_SIZE >> 8, UDP_SIZE & 255, 0, 0, 0, 0, 0, 0 };
+        memcpy(out + n, opt, sizeof opt);
+        n += sizeof opt;
+    }
+    return n;
+}
+
+/* ==== Answers ============================================================ */
+
+/* A query on its way. */
+struct flight {
+    struct dns_query *query;
+    char name[DNS_NAME_SIZE];   /* asked for now: down a chain of CNAMEs, the last target */
+    int fd;                     /* its socket, or -1 */
+    unsigned id;
+    unsigned tries;             /* servers asked in vain by silence */
+    unsigned broken;            /* servers that said they cannot */
+    unsigned links;             /* CNAMEs followed */
+    bool edns;                  /* asked with an OPT record */
+    bool done;
+    int64_t deadline;
+};
+
+enum verdict {
+    NOT_OURS,       /* not the answer to this query: wait on */
+    FINISHED,       /* the query has its status */
+    RENAMED,        /* a chain of CNAMEs leads out of this answer: ask again */
+    NO_EDNS,        /* the server does not know EDNS0: ask without */
+    TRUNCATED,      /* ask over TCP */
+    BROKEN          /* this server has no answer for us: ask another */
+};
+
+/* Adds the record that begins at `c` and is `size` octets long to the query's
+ * answer.  One that is malformed is passed over, like one that is not there. */
+static void take_record(struct dns_query *q, struct cursor *c, size_t size)
+{
+    struct dns_record record;
+    size_t at = q->count, end = c->at + size;
+
+    memset(&record, 0, sizeof record);
+    if (q->type == DNS_MX) {
+        record.preference = (unsigned)get(c, 2);
+        get_name(c, record.name);
+        if (c->bad || c->at != end)
+            return;
+        while (at > 0 && q->records[at - 1].preference > record.preference)
+            at--;               /* kept sorted, the first come first among equals */
+    } else if (q->type == DNS_A && size == 4) {
+        record.address.in.sin_family = AF_INET;
+        memcpy(&record.address.in.sin_addr, c->bytes + c->at, size);
+    } else if (q->type == DNS_AAAA && size == 16) {
+        record.address.in6.sin6_family = AF_INET6;
+        memcpy(&record.address.in6.sin6_addr, c->bytes + c->at, size);
+    } else {
+        return;
+    }
+    if (at >= DNS_RECORDS)
+        return;
+    if (q->count == DNS_RECORDS)
+        q->count--;             /* the least preferred makes room */
+    memmove(&q->records[at + 1], &q->records[at], (q->count - at) * sizeof record);
+    q->records[at] = record;
+    q->count++;
+}
+
+/* Goes once through `answers` records: takes those that belong to f->name, and
+ * leaves in `target` where a CNAME says the name lives in truth. */
+static void scan_answers(struct flight *f, struct cursor *c, unsigned long answers, char target[DNS_NAME_SIZE])
+{
+    char owner[DNS_NAME_SIZE];
+
+    target[0] = '\0';
+    while (answers-- > 0 && !c->bad) {
+        unsigned long type, class;
+        size_t size, end;
+
+        get_name(c, owner);
+        type = get(c, 2);
+        class = get(c, 2);
+        get(c, 4);              /* time to live: we keep nothing */
+        size = get(c, 2);
+        if (c->bad || size > c->size - c->at) {
+            c->bad = true;
+            return;
+        }
+        end = c->at + size;
+        if (class == 1 && strcasecmp(owner, f->name) == 0) {
+            struct cursor data = *c;
+
+            if (type == (unsigned long)f->query->type)
+                take_record(f->query, &data, size);
+            else if (type == DNS_CNAME)
+                get_name(&data, target);
+        }
+        c->at = end;
+    }
+}
+
+/* Reads the answer section that begins at `c`, along the CNAMEs in it. */
+static enum verdict read_records(struct flight *f, const struct cursor *c, unsigned long answers, bool nxdomain)
+{
+    bool moved = false;
+
+    for (;;) {
+        char target[DNS_NAME_SIZE];
+        struct cursor pass = *c;
+
+        f->query->count = 0;
+        scan_answers(f, &pass, answers, target);
+        if (pass.bad) {
+            f->query->why = "malformed answer from the name server";
+            return BROKEN;
+        }
+        if (f->query->count > 0) {
+            f->query->status = DNS_FOUND;
+            return FINISHED;
+        }
+        if (target[0] == '\0')
+            break;
+        if (++f->links > CHAIN_LIMIT) {
+            f->query->why = "too many CNAMEs in a row";
+            f->query->status = DNS_FAILED;
+            return FINISHED;
+        }
+        strcpy(f->name, target);
+        moved = true;
+    }
+    if (moved && !nxdomain)
+        return RENAMED;
+    f->query->status = nxdomain ? DNS_NXDOMAIN : DNS_NODATA;
+    return FINISHED;
+}
+
+static enum verdict read_answer(struct flight *f, const unsigned char *bytes, size_t size)
+{
+    enum { RESPONSE = 0x8000, OPCODE = 0x7800, TC = 0x0200, RCODE = 0x000F };
+    enum { NOERROR = 0, FORMERR = 1, NXDOMAIN = 3, NOTIMP = 4 };
+    struct cursor c = { bytes, size, 0, false };
+    char name[DNS_NAME_SIZE];
+    unsigned long id = get(&c, 2), flags = get(&c, 2), rcode = flags & RCODE;
+    unsigned long questions = get(&c, 2), answers = get(&c, 2);
+
+    get(&c, 4);     /* the authority and additional sections: nobody's word but the answer's is taken */
+    if (c.bad || id != f->id || (flags & (RESPONSE | OPCODE)) != RESPONSE)
+        return NOT_OURS;
+    if (questions == 1) {
+        unsigned long type, class;
+
+        get_name(&c, name);
+        type = get(&c, 2);
+        class = get(&c, 2);
+        if (c.bad || type != (unsigned long)f->query->type || class != 1 || strcasecmp(name, f->name) != 0)
+            return NOT_OURS;
+    } else if (questions != 0 || (rcode != FORMERR && rcode != NOTIMP)) {
+        return NOT_OURS;        /* only who could not read the question may leave it out */
+    }
+    if (flags & TC)
+        return TRUNCATED;
+    if (f->edns && (rcode == FORMERR || rcode == NOTIMP))
+        return NO_EDNS;
+    if (rcode != NOERROR && rcode != NXDOMAIN) {
+        f->query->why = rcode == 2 ? "the name server answers SERVFAIL" : rcode == 5 ?
+            "the name server answers REFUSED" : "the name server answers with an error";
+        return BROKEN;
+    }
+    return read_records(f, &c, answers, rcode == NXDOMAIN);
+}
+
+/* ==== Asking ============================================================= */
+
+/* Gives the socket a random port.  The kernel would choose one too, but not
+ * every kernel chooses at random. */
+static void bind_random_port(int fd, const union address *to)
+{
+    union address from;
+
+    memset(&from, 0, sizeof from);
+    from.sa.sa_family = to->sa.sa_family;
+    for (int i = 0; i < 10; i++) {
+        in_port_t port = htons((uint16_t)(1024 + random16() % (65536 - 1024)));
+
+        if (from.sa.sa_family == AF_INET6)
+            from.in6.sin6_port = port;
+        else
+            from.in.sin_port = port;
+        if (bind(fd, &from.sa, address_size(&from)) == 0)
+            return;
+    }
+}
+
+static void finish(struct flight *f, enum dns_status status)
+{
+    f->query->status = status;
+    f->done = true;
+}
+
+/* Sends the query to the server whose turn it is.  The socket is connected, so
+ * that the kernel keeps away what comes from any other address or port. */
+static void send_query(struct flight *f, const struct nameservers *servers)
+{
+    const union address *server = &servers->server[f->tries % servers->count];
+    unsigned char query[QUERY_SIZE];
+    size_t size;
+
+    if (f->fd >= 0)
+        close(f->fd);
+    f->id = random16();
+    size = put_query(query, f->id, f->name, f->query->type, f->edns);
+    if (size == 0) {
+        f->fd = -1;
+        finish(f, DNS_NXDOMAIN);
+        return;
+    }
+    f->deadline = clock_ms() + ((int64_t)FIRST_WAIT << f->tries / servers->count);
+    f->fd = socket_open(server, SOCK_DGRAM);
+    if (f->fd >= 0) {
+        bind_random_port(f->fd, server);
+        if (connect(f->fd, &server->sa, address_size(server)) == 0 && send(f->fd, query, size, 0) == (ssize_t)size)
+            return;
+        close(f->fd);
+        f->fd = -1;
+    }
+    f->deadline = 0;        /* this server cannot even be asked: the next, now */
+}
+
+/* The next server, the next round, or the end. */
+static void try_next(struct flight *f, const struct nameservers *servers)
+{
+    f->tries++;
+    if (f->tries >= servers->count * ROUNDS || f->broken >= servers->count)
+        finish(f, DNS_FAILED);
+    else
+        send_query(f, servers);
+}
+
+/* Reads or writes exactly `size` octets before the deadline. */
+static bool transfer(int fd, bool writing, unsigned char *bytes, size_t size, int64_t deadline)
+{
+    while (size > 0) {
+        ssize_t n;
+
+        if (!wait_ready(fd, writing, deadline))
+            return false;
+        n = writing ? write(fd, bytes, size) : read(fd, bytes, size);
+        if (n == 0 || (n < 0 && errno != EAGAIN && errno != EINTR))
+            return false;
+        if (n > 0) {
+            bytes += n;
+            size -= (size_t)n;
+        }
+    }
+    return true;
+}
+
+/* The same question over TCP, each message behind two octets of length (RFC
+ * 1035 4.2.2).  In plain sequence: truncation is rare, and the other flights'
+ * answers wait in their sockets.  Returns the answer's size, 0 for none. */
+static size_t ask_over_tcp(const struct flight *f, const union address *server, unsigned char answer[ANSWER_SIZE])
+{
+    unsigned char query[2 + QUERY_SIZE], length[2];
+    int64_t deadline = clock_ms() + TCP_WAIT;
+    size_t size = put_query(query + 2, f->id, f->name, f->query->type, f->edns);
+    int fd = socket_open(server, SOCK_STREAM);
+    bool ok;
+
+    if (fd < 0)
+        return 0;
+    put16(query, (unsigned)size);
+    ok = (connect(fd, &server->sa, address_size(server)) == 0 || errno == EINPROGRESS)
+        && transfer(fd, true, query, 2 + size, deadline)
+        && transfer(fd, false, length, sizeof length, deadline);
+    size = ok ? (size_t)length[0] << 8 | length[1] : 0;
+    ok = ok && transfer(fd, false, answer, size, deadline);
+    close(fd);
+    return ok ? size : 0;
+}
+
+/* Takes what has come for a flight. */
+static void receive(struct flight *f, const struct nameservers *servers)
+{
+    static unsigned char answer[ANSWER_SIZE];
+    ssize_t got = recv(f->fd, answer, sizeof answer, 0);
+    enum verdict verdict;
+
+    if (got < 0 && (errno == EAGAIN || errno == EINTR))
+        return;
+    /* An error here is an ICMP message: nobody listens at that port. */
+    verdict = got < 0 ? BROKEN : read_answer(f, answer, (size_t)got);
+    if (got < 0)
+        f->query->why = "the name server does not answer";
+    if (verdict == TRUNCATED) {
+        size_t size = ask_over_tcp(f, &servers->server[f->tries % servers->count], answer);
+
+        f->query->why = "the name server truncates its answer and is not to be had over TCP";
+        verdict = read_answer(f, answer, size);
+        if (verdict == TRUNCATED || verdict == NOT_OURS)
+            verdict = BROKEN;
+    }
+    switch (verdict) {
+    case NOT_OURS:
+        break;
+    case FINISHED:
+        f->done = true;
+        break;
+    case NO_EDNS:
+        f->edns = false;
+        send_query(f, servers);
+        break;
+    case RENAMED:
+        f->tries = f->broken = 0;
+        send_query(f, servers);
+        break;
+    default:
+        f->broken++;
+        try_next(f, servers);
+    }
+}
+
+/* One turn of waiting for all flights.  False: all are done. */
+static bool serve_flights(struct flight *flights, size_t count, const struct nameservers *servers)
+{
+    int64_t first = INT64_MAX, left;
+    struct timeval timeout;
+    fd_set set;
+    int top = -1, ready;
+    bool flying = false;
+
+    FD_ZERO(&set);
+    for (struct flight *f = flights; f < flights + count; f++) {
+        if (f->done)
+            continue;
+        flying = true;
+        if (f->deadline < first)
+            first = f->deadline;
+        if (f->fd >= 0)
+            FD_SET(f->fd, &set);
+        if (f->fd > top)
+            top = f->fd;
+    }
+    if (!flying)
+        return false;
+    left = first - clock_ms();
+    if (left < 0)
+        left = 0;
+    timeout.tv_sec = (time_t)(left / 1000);
+    timeout.tv_usec = (suseconds_t)(left % 1000 * 1000);
+    ready = select(top + 1, &set, NULL, NULL, &timeout);
+    for (struct flight *f = flights; f < flights + count; f++) {
+        if (f->done)
+            continue;
+        if (ready > 0 && f->fd >= 0 && FD_ISSET(f->fd, &set))
+            receive(f, servers);
+        else if (clock_ms() >= f->deadline)
+            try_next(f, servers);
+    }
+    return true;
+}
+
+void dns_ask(const struct nameservers *servers, struct dns_query *queries, size_t count)
+{
+    struct flight flights[DNS_QUERIES];
+
+    if (count > DNS_QUERIES)
+        count = DNS_QUERIES;
+    memset(flights, 0, sizeof flights);
+    for (size_t i = 0; i < count; i++) {
+        struct flight *f = &flights[i];
+
+        f->query = &queries[i];
+        f->query->count = 0;
+        f->query->why = "no answer from the name servers";
+        f->fd = -1;
+        f->edns = true;
+        if (strlen(f->query->name) > NAME_LIMIT) {
+            finish(f, DNS_NXDOMAIN);    /* longer than any name there is */
+        } else {
+            strcpy(f->name, f->query->name);
+            send_query(f, servers);
+        }
+    }
+    while (serve_flights(flights, count, servers))
+        ;
+    for (size_t i = 0; i < count; i++)
+        if (flights[i].fd >= 0)
+            close(flights[i].fd);
+}
+
+void dns_servers(const char *path, struct nameservers *servers)
+{
+    FILE *file = fopen(path, "r");
+    char line[256], host[64];
+
+    servers->count = 0;
+    while (file != NULL && servers->count < NAMESERVERS && fgets(line, sizeof line, file) != NULL)
+        if (sscanf(line, "nameserver %63s", host) == 1
+            && address_parse(host, DNS_PORT, &servers->server[servers->count]))
+            servers->count++;
+    if (file != NULL)
+        fclose(file);
+    if (servers->count == 0) {      /* as libc does: the resolver on this host */
+        address_parse("127.0.0.1", DNS_PORT, &servers->server[0]);
+        servers->count = 1;
+    }
+}
+
+#ifdef DNS_MAIN
+/* The resolver by itself: prints a name's exchangers and addresses. */
+int main(int argc, char **argv)
+{
+    static const char *const words[] = { "found", "no such record", "no such name", "failed" };
+    static struct dns_query queries[3];
+    struct nameservers servers;
+    char host[DNS_NAME_SIZE], text[ADDRESS_TEXT];
+    unsigned port;
+
+    dns_servers("/etc/resolv.conf", &servers);
+    if (argc == 3) {
+        if (!endpoint_parse(argv[2], DNS_PORT, host, &port) || !address_parse(host, port, &servers.server[0])) {
+            fprintf(stderr, "dns: %s is not an address[:port]\n", argv[2]);
+            return 2;
+        }
+        servers.count = 1;
+    } else if (argc != 2) {
+        fprintf(stderr, "usage: dns name [nameserver[:port]]\n");
+        return 2;
+    }
+    queries[0].type = DNS_MX;
+    queries[1].type = DNS_A;
+    queries[2].type = DNS_AAAA;
+    for (int i = 0; i < 3; i++)
+        queries[i].name = argv[1];
+    dns_ask(&servers, queries, 3);
+    for (int i = 0; i < 3; i++) {
+        const struct dns_query *q = &queries[i];
+
+        if (q->status != DNS_FOUND)
+            printf("%-4s %s%s%s\n", i == 0 ? "MX" : i == 1 ? "A" : "AAAA", words[q->status],
+                q->status == DNS_FAILED ? ": " : "", q->status == DNS_FAILED ? q->why : "");
+        for (size_t k = 0; k < q->count; k++)
+            if (q->type == DNS_MX)
+                printf("MX   %u %s\n", q->records[k].preference, q->records[k].name[0] ? q->records[k].name : ".");
+            else
+                printf("%-4s %s\n", q->type == DNS_A ? "A" : "AAAA", address_text(&q->records[k].address, text));
+    }
+    return 0;
+}
+#endif
