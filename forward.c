@@ -1,0 +1,2186 @@
+/*
+ * forward.c - everything after the final dot: the spool and the way out.
+ *
+ * A message is one text file: the dialogue that brought it, ready to be said
+ * again, and below its final dot what became of it.
+ *
+ *     EHLO me.com
+ *     MAIL FROM:<nour@example.org> BODY=8BITMIME
+ *     RCPT TO:<a@example.net>
+ *     RCPT TO:<b@example.net>
+ *     DATA
+ *     Received: from me.com ([127.0.0.1]:54321) by ...
+ *     Subject: testing my smtp server
+ *
+ *     Dear Nour, This is me testing my server
+ *     .
+ *     2026-11-23T11:08:19Z sent <b@example.net> mx1.example.net[192.0.2.1] 250 2.0.0 Ok
+ *     2026-11-23T11:08:20Z later <a@example.net> mx1.example.net[192.0.2.1] 451 4.7.1 greylisted
+ *
+ * All lines end with CRLF.  The body stands as it goes over the wire, with its
+ * dots doubled, so forwarding copies octets, and CRLF.CRLF stands nowhere but
+ * at its end: that proves the file complete.  Nothing is ever rewritten.  A last
+ * line without CRLF is one that a crash cut off: it never counts and is cut
+ * away before the next is written.  The modification time is when the next try
+ * is due.
+ *
+ * The life of a message:
+ *
+ *   where       state                who moves it on         what a crash leaves
+ *   tmp/        being received       server: final dot       a stale file: nobody was told
+ *                                    or draft_drop()         250; cleared at a start
+ *   tmp/        being made durable   child: fsync, rename,   the same, or the next state:
+ *                                    fsync of queue/         a message nobody was told of
+ *   queue/,     owed, being tried    its forwarder, which    the lock is gone, the next
+ *    locked                          has put the next try    try is due as if this one
+ *                                    ahead before it began   had failed
+ *   queue/      owed, waiting        the runner, when due    itself
+ *   none        delivered, reported  -                       -
+ *               or dropped
+ *
+ * The forwarder's lock is an fcntl() lock on the whole file, taken before the
+ * rename, so that no other process tries the message at the same time.  Such
+ * locks are not inherited by fork(), vanish with the process, and also when it
+ * closes *any* descriptor of the file: a message is never opened twice.
+ *
+ * Contents, to be read from the end:
+ *   Names and times    ids, dates, due times
+ *   The spool          drafts, and how they become durable
+ *   Messages           reading a file of the queue back
+ *   Outcomes           what is written below the dot
+ *   Exchangers         who takes mail for a domain
+ *   The dialogue       the client's side of SMTP
+ *   The race           who answers first
+ *   Delivery           one message to one domain
+ *   Reports            RFC 3464
+ *   Forwarders         one message to all its domains
+ *   The queue          the runner, and smtp -l
+ */
+#include "smtp.h"
+
+#include <dirent.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <signal.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <strings.h>
+#include <sys/select.h>
+#include <sys/stat.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+enum {
+    BLOCK = 65536,              /* octets of a message read or sent at once */
+    SPOOL_LINE = 8192,          /* the longest line the spool has above and below a body */
+    STALE = 3600,               /* seconds, beside -t, after which nobody writes to a draft any more */
+    RETRY_LIMIT = 3600,         /* seconds between tries at most */
+    TRY_LIMIT = 3 * 3600,       /* seconds a try may take; then the process is killed */
+    NAP_LIMIT = 60,             /* seconds between two looks through the queue at most */
+    EXCHANGER_LIMIT = 10,       /* names tried for a domain ... */
+    ADDRESS_LIMIT = 20,         /* ... and addresses of theirs */
+    GROUP_LIMIT = 100,          /* recipients in one transaction: RFC 5321 4.5.3.1.8 */
+    DOMAINS_AT_ONCE = 10,
+    REPLY_LINES = 100,
+    HEADER_LIMIT = 32768        /* octets of the original's header in a report */
+};
+
+/* ==== Names and times ==================================================== */
+
+/* Seconds since 1970 of a UTC date; no mktime(), which asks for the time zone. */
+static time_t utc_seconds(int year, int month, int day, int hour, int minute, int second)
+{
+    /* Days before the year's March 1st, leap days counted; then the months
+     * from March have 153 days in five. */
+    int64_t y = year - (month <= 2), m = (month + 9) % 12;
+    int64_t days = 365 * y + y / 4 - y / 100 + y / 400 + (153 * m + 2) / 5 + day - 719469;
+
+    return (time_t)(((days * 24 + hour) * 60 + minute) * 60 + second);
+}
+
+/* 2026-11-23T11:08:19Z */
+static void stamp(char text[32], time_t when)
+{
+    struct tm utc;
+
+    strftime(text, 32, "%Y-%m-%dT%H:%M:%SZ", gmtime_r(&when, &utc));
+}
+
+/* RFC 5322 3.3.  strftime()'s names are English: no locale is ever set. */
+static void mail_date(char text[64], time_t when)
+{
+    struct tm utc;
+
+    strftime(text, 64, "%a, %d %b %Y %H:%M:%S +0000", gmtime_r(&when, &utc));
+}
+
+/* An id: 20261123T110819.123456-54321-1f3a, the time to the microsecond, the
+ * client's port and our pid.  Within a process no two have the same time. */
+static void make_id(char id[ID_SIZE], unsigned port)
+{
+    static int64_t last;
+    struct timespec now;
+    int64_t micros;
+    time_t seconds;
+    struct tm utc;
+    size_t used;
+
+    clock_gettime(CLOCK_REALTIME, &now);
+    micros = (int64_t)now.tv_sec * 1000000 + now.tv_nsec / 1000;
+    last = micros > last ? micros : last + 1;
+    seconds = (time_t)(last / 1000000);
+    used = strftime(id, ID_SIZE, "%Y%m%dT%H%M%S", gmtime_r(&seconds, &utc));
+    snprintf(id + used, ID_SIZE - used, ".%06ld-%u-%lx", (long)(last % 1000000), port, (unsigned long)getpid());
+}
+
+/* When a message with this id arrived; 0 if it is not one of our ids. */
+static time_t id_time(const char *id)
+{
+    int year, month, day, hour, minute, second;
+
+    if (strlen(id) >= ID_SIZE || strspn(id, "0123456789") != 8 || id[8] != 'T'
+        || strspn(id, "0123456789abcdefT.-") != strlen(id)
+        || sscanf(id, "%4d%2d%2dT%2d%2d%2d.", &year, &month, &day, &hour, &minute, &second) != 6)
+        return 0;
+    return utc_seconds(year, month, day, hour, minute, second);
+}
+
+/* How long until the next try of a message of this age: it doubles its age. */
+static int64_t back_off(int64_t age)
+{
+    int64_t most = settings.retry > RETRY_LIMIT ? settings.retry : RETRY_LIMIT;
+
+    return age + settings.retry < most ? age + settings.retry : most;
+}
+
+/* A message's age is what it has witnessed, not what the clock says: between
+ * two entries no more counts than the back-off asked for and a fifth of the
+ * time it has.  So a clock that jumps by years does not expire the queue. */
+static int64_t grow(int64_t age, time_t from, time_t to)
+{
+    int64_t gap = to > from ? (int64_t)to - from : 0, most = back_off(age) + settings.expire / 5;
+
+    return age + (gap < most ? gap : most);
+}
+
+/* ==== The spool ========================================================== */
+
+static const char *spool_path(const char *directory, const char *id)
+{
+    static char path[16 + ID_SIZE];
+
+    snprintf(path, sizeof path, "%s/%.*s", directory, ID_SIZE - 1, id);
+    return path;
+}
+
+static bool make_directory(const char *name)
+{
+    struct stat st;
+
+    if (mkdir(name, 0700) != 0 && errno != EEXIST)
+        return false;
+    if (lstat(name, &st) != 0)
+        return false;
+    errno = ENOTDIR;
+    return S_ISDIR(st.st_mode);
+}
+
+void spool_enter(uid_t owner, gid_t group)
+{
+    static char path[4096];
+
+    if (mkdir(settings.spool, 0700) == 0) {
+        if (geteuid() == 0 && chown(settings.spool, owner, group) != 0)
+            die("cannot give the spool %s to uid %ld", settings.spool, (long)owner);
+    } else if (errno != EEXIST) {
+        die("cannot make the spool %s (-q names another)", settings.spool);
+    }
+    if (chdir(settings.spool) != 0)
+        die("cannot enter the spool %s", settings.spool);
+    if (getcwd(path, sizeof path) == NULL)
+        die("cannot tell the spool's path");
+    settings.spool = path;
+}
+
+/* Removes drafts that nobody can be writing to any more. */
+static void clear_drafts(void)
+{
+    DIR *tmp = opendir("tmp");
+    struct dirent *entry;
+    time_t now = time(NULL);
+
+    while (tmp != NULL && (entry = readdir(tmp)) != NULL) {
+        const char *path = spool_path("tmp", entry->d_name);
+        struct stat st;
+
+        if (id_time(entry->d_name) == 0 || lstat(path, &st) != 0 || !S_ISREG(st.st_mode))
+            continue;
+        if (st.st_mtime < now - STALE - settings.idle && unlink(path) == 0)
+            logmsg("%s stale draft removed", entry->d_name);
+    }
+    if (tmp != NULL)
+        closedir(tmp);
+}
+
+int spool_take(void)
+{
+    struct flock lock = { .l_type = F_WRLCK, .l_whence = SEEK_SET };
+    struct stat st;
+    int fd;
+
+    if (stat(".", &st) != 0)
+        die("cannot look at the spool %s", settings.spool);
+    errno = 0;
+    if (st.st_uid != geteuid())
+        die("the spool %s belongs to uid %ld, not to uid %ld: chown it, or name another with -q",
+            settings.spool, (long)st.st_uid, (long)geteuid());
+    if ((st.st_mode & (S_IWGRP | S_IWOTH)) != 0)
+        die("others may write to the spool %s: chmod 700 it", settings.spool);
+    if (!make_directory("tmp") || !make_directory("queue"))
+        die("cannot make %s/tmp and %s/queue", settings.spool, settings.spool);
+    fd = open("lock", O_RDWR | O_CREAT | O_NOFOLLOW | O_NONBLOCK, 0600);
+    if (fd < 0)
+        die("cannot open %s/lock", settings.spool);
+    if (fcntl(fd, F_SETLK, &lock) != 0) {
+        if (errno != EACCES && errno != EAGAIN)
+            die("cannot lock %s/lock", settings.spool);
+        errno = 0;
+        die("another server holds the spool %s: stop it, or name another spool with -q", settings.spool);
+    }
+    clear_drafts();
+    return fd;
+}
+
+static int create_draft(const char *id)
+{
+    return open(spool_path("tmp", id), O_RDWR | O_CREAT | O_EXCL | O_APPEND | O_NOFOLLOW, 0600);
+}
+
+bool draft_open(struct draft *d, unsigned port)
+{
+    make_id(d->id, port);
+    d->error = 0;
+    d->fd = create_draft(d->id);
+    /* The spool was taken away, and may be back: on another disk, or empty. */
+    if (d->fd < 0 && errno == ENOENT && chdir(settings.spool) == 0 && make_directory("tmp") && make_directory("queue"))
+        d->fd = create_draft(d->id);
+    if (d->fd >= 0)
+        return true;
+    d->error = errno;
+    logmsg("cannot make a draft in %s/tmp (%s)", settings.spool, strerror(d->error));
+    return false;
+}
+
+void draft_add(struct draft *d, const char *bytes, size_t size)
+{
+    while (size > 0 && d->error == 0) {
+        ssize_t n = write(d->fd, bytes, size);
+
+        if (n < 0 && errno == EINTR)
+            continue;
+        if (n < 0) {
+            d->error = errno;
+            logmsg("%s cannot be written (%s)", d->id, strerror(errno));
+            return;
+        }
+        bytes += n;
+        size -= (size_t)n;
+    }
+}
+
+void draft_forget(struct draft *d)
+{
+    if (d->fd >= 0)
+        close(d->fd);
+    d->fd = -1;
+}
+
+void draft_drop(struct draft *d)
+{
+    if (d->fd >= 0)
+        unlink(spool_path("tmp", d->id));
+    draft_forget(d);
+}
+
+const char *draft_refusal(int error)
+{
+    if (error == ENOSPC || error == EDQUOT || error == EFBIG)
+        return "452 4.3.1 Error: insufficient system storage, try again later";
+    return "451 4.3.0 Error: message not stored, try again later";
+}
+
+static bool sync_queue(void)
+{
+    int fd = open("queue", O_RDONLY);
+    bool ok = fd >= 0 && (fsync(fd) == 0 || errno == EINVAL);   /* EINVAL: a file system that has no such thing */
+
+    if (fd >= 0)
+        close(fd);
+    return ok;
+}
+
+/* Locks octets of a file from `start` on, `length` of them or all. */
+static bool lock_octets(int fd, short type, off_t start, off_t length)
+{
+    struct flock lock = { .l_whence = SEEK_SET };
+
+    lock.l_type = type;
+    lock.l_start = start;
+    lock.l_len = length;
+    return fcntl(fd, F_SETLK, &lock) == 0;
+}
+
+/* Makes a draft a message: locked, durable, in the queue.  When this returns
+ * true the mail is ours to lose, and not before.  False: d->error says why, and
+ * neither tmp/ nor queue/ holds anything. */
+static bool store(struct draft *d)
+{
+    char path[16 + ID_SIZE];
+
+    if (d->error != 0)
+        return false;
+    strcpy(path, spool_path("tmp", d->id));
+    if (lock_octets(d->fd, F_WRLCK, 0, 0) && fsync(d->fd) == 0 && rename(path, spool_path("queue", d->id)) == 0) {
+        if (sync_queue())
+            return true;
+        d->error = errno;
+        unlink(spool_path("queue", d->id));
+    } else {
+        d->error = errno;
+    }
+    logmsg("%s cannot be stored (%s)", d->id, strerror(d->error));
+    return false;
+}
+
+/* ==== Messages =========================================================== */
+
+enum outcome { LATER, SENT, FAILED };
+
+static const char *const outcome_names[] = { "later", "sent", "failed" };
+
+struct recipient {
+    char *address;
+    enum outcome outcome;   /* LATER until there is another */
+    char *said;             /* behind an outcome: the exchanger, a space, its words; or NULL */
+    bool pending;           /* in this try: not settled yet */
+    bool unrecorded;        /* its outcome is not in the file yet */
+    bool accepted;          /* RCPT was answered with 250 */
+};
+
+struct message {
+    char id[ID_SIZE];
+    int fd;
+    char reverse_path[PATH_LIMIT];
+    bool eight_bit;         /* BODY=8BITMIME was declared */
+    off_t body;             /* where the header begins */
+    off_t end;              /* where the lone dot stands */
+    off_t whole;            /* behind the last whole line */
+    int64_t age;            /* seconds, as witnessed: see grow() */
+    struct recipient *recipients;
+    size_t count;
+    bool part;              /* this process tries only some recipients of it */
+    bool gone;              /* removed from the queue */
+};
+
+/* Reads a file line by line, from `at`, without touching its offset. */
+struct reader {
+    int fd;
+    off_t at;
+    size_t size, used, length;
+    char bytes[SPOOL_LINE];
+};
+
+/* The next line, its length in r->length and a NUL behind it; NULL at the end,
+ * before a torn line, and for one that is longer than any of ours. */
+static char *read_line(struct reader *r)
+{
+    for (;;) {
+        struct line line = next_line(r->bytes + r->used, r->size - r->used, false);
+        char *text = r->bytes + r->used;
+        ssize_t n;
+
+        if (line.used > 0) {
+            r->used += line.used;
+            r->length = line.length;
+            text[line.length] = '\0';
+            return text;
+        }
+        r->size -= r->used;
+        memmove(r->bytes, text, r->size);
+        r->used = 0;
+        n = r->size == sizeof r->bytes ? 0 : pread(r->fd, r->bytes + r->size, sizeof r->bytes - r->size, r->at);
+        if (n <= 0)
+            return NULL;
+        r->at += n;
+        r->size += (size_t)n;
+    }
+}
+
+/* Where the line that read_line() returns next begins. */
+static off_t reader_offset(const struct reader *r)
+{
+    return r->at - (off_t)(r->size - r->used);
+}
+
+/* Where the lone dot stands: searched from the file's end, since a body may be
+ * long and what stands below it is not.  -1: the file is not complete. */
+static off_t find_end(int fd, off_t body, off_t size)
+{
+    static const char mark[] = "\r\n.\r\n";
+    enum { MARK = sizeof mark - 1 };
+    char block[4096 + MARK];
+    off_t high = size;
+
+    while (high > body) {
+        off_t low = high - 4096 > body ? high - 4096 : body;
+        ssize_t n = pread(fd, block, (size_t)(high - low) + MARK - 1, low);
+
+        for (ssize_t i = n - MARK; i >= 0; i--)
+            if (memcmp(block + i, mark, MARK) == 0)
+                return low + i + 2;
+        high = low;
+    }
+    return -1;
+}
+
+/* The > that ends a path, or NULL; one inside quotes is a character of the
+ * local part. */
+static char *path_end(char *p)
+{
+    bool quoted = false;
+
+    for (; *p != '\0' && (quoted || *p != '>'); p++) {
+        if (*p == '"')
+            quoted = !quoted;
+        else if (*p == '\\' && quoted && p[1] != '\0')
+            p++;
+    }
+    return *p == '>' ? p : NULL;
+}
+
+static struct recipient *find_recipient(struct message *m, const char *address)
+{
+    for (size_t i = 0; i < m->count; i++)
+        if (strcmp(m->recipients[i].address, address) == 0)
+            return &m->recipients[i];
+    return NULL;
+}
+
+static void *allocate(void *old, size_t size)
+{
+    void *memory = realloc(old, size);
+
+    if (memory == NULL)
+        die("no memory: a forwarder ends here, its message stays in the queue");
+    return memory;
+}
+
+static char *copy_text(const char *text)
+{
+    return strcpy(allocate(NULL, strlen(text) + 1), text);
+}
+
+/* Who is named twice gets it once. */
+static void add_recipient(struct message *m, const char *address)
+{
+    static const struct recipient fresh;
+
+    if (find_recipient(m, address) != NULL)
+        return;
+    m->recipients = allocate(m->recipients, (m->count + 1) * sizeof *m->recipients);
+    m->recipients[m->count] = fresh;
+    m->recipients[m->count++].address = copy_text(address);
+}
+
+/* Reads the lines above the message.  False: they are not as we write them. */
+static bool read_envelope(struct message *m)
+{
+    struct reader r = { .fd = m->fd };
+    char *line = read_line(&r), *end;
+
+    if (line == NULL || (strncmp(line, "HELO ", 5) != 0 && strncmp(line, "EHLO ", 5) != 0))
+        return false;
+    line = read_line(&r);
+    if (line == NULL || strncmp(line, "MAIL FROM:<", 11) != 0 || (end = path_end(line + 11)) == NULL
+        || end - line - 11 >= PATH_LIMIT)
+        return false;
+    *end = '\0';
+    strcpy(m->reverse_path, line + 11);
+    m->eight_bit = strcmp(end + 1, " BODY=8BITMIME") == 0;
+    while ((line = read_line(&r)) != NULL && strncmp(line, "RCPT TO:<", 9) == 0) {
+        end = path_end(line + 9);
+        if (end == NULL || end - line - 9 >= PATH_LIMIT)
+            return false;
+        *end = '\0';
+        if (strrchr(line + 9, '@') == NULL)
+            return false;
+        add_recipient(m, line + 9);
+    }
+    m->body = reader_offset(&r);
+    return line != NULL && strcmp(line, "DATA") == 0 && m->count > 0;
+}
+
+/* Applies one line from below the dot; returns its time, 0 if it is not one. */
+static time_t apply_outcome(struct message *m, char *line)
+{
+    int year, month, day, hour, minute, second, at = 0;
+    char *path, *end;
+    struct recipient *r;
+
+    if (sscanf(line, "%4d-%2d-%2dT%2d:%2d:%2dZ %n", &year, &month, &day, &hour, &minute, &second, &at) != 6
+        || at == 0 || (path = strstr(line + at, " <")) == NULL || (end = path_end(path + 2)) == NULL)
+        return 0;
+    *path = *end = '\0';
+    r = find_recipient(m, path + 2);
+    for (int i = LATER; i <= FAILED; i++)
+        if (r != NULL && end[1] == ' ' && strcmp(line + at, outcome_names[i]) == 0) {
+            free(r->said);
+            r->said = copy_text(end + 2);
+            r->outcome = (enum outcome)i;
+        }
+    return utc_seconds(year, month, day, hour, minute, second);
+}
+
+static void read_outcomes(struct message *m)
+{
+    struct reader r = { .fd = m->fd, .at = m->end + 3 };
+    time_t last = id_time(m->id), when;
+    char *line;
+
+    m->age = 0;
+    while ((line = read_line(&r)) != NULL) {
+        when = apply_outcome(m, line);
+        if (when != 0) {
+            m->age = grow(m->age, last, when);
+            last = when;
+        }
+    }
+    m->whole = reader_offset(&r);
+    m->age = grow(m->age, last, time(NULL));
+}
+
+static void message_free(struct message *m)
+{
+    for (size_t i = 0; i < m->count; i++) {
+        free(m->recipients[i].address);
+        free(m->recipients[i].said);
+    }
+    free(m->recipients);
+    if (m->fd >= 0)
+        close(m->fd);
+}
+
+/* Reads the message behind `fd`, which it takes over: message_free() closes it.
+ * False: the file is not one of ours. */
+static bool message_read(struct message *m, int fd, const char *id)
+{
+    static const struct message fresh;
+    struct stat st;
+
+    *m = fresh;
+    m->fd = fd;
+    snprintf(m->id, sizeof m->id, "%s", id);
+    if (fstat(fd, &st) != 0 || !read_envelope(m))
+        return false;
+    m->end = find_end(fd, m->body, st.st_size);
+    if (m->end < 0)
+        return false;
+    read_outcomes(m);
+    return true;
+}
+
+/* Opens a file of the queue; never follows a link, never waits for a FIFO. */
+static int open_queued(const char *id, int how)
+{
+    int fd = open(spool_path("queue", id), how | O_NOFOLLOW | O_NONBLOCK);
+    struct stat st;
+
+    if (fd >= 0 && (fstat(fd, &st) != 0 || !S_ISREG(st.st_mode))) {
+        close(fd);
+        fd = -1;
+    }
+    return fd;
+}
+
+static const char *domain_of(const char *address)
+{
+    return strrchr(address, '@') + 1;
+}
+
+uint32_t lane_of(const char *domain)
+{
+    uint32_t hash = 2166136261u;    /* FNV-1a */
+
+    if (settings.smarthost != NULL)
+        return 0;
+    for (; *domain != '\0'; domain++)
+        hash = (hash ^ (unsigned char)(*domain >= 'A' && *domain <= 'Z' ? *domain + 32 : *domain)) * 16777619u;
+    return hash != 0 ? hash : 1;
+}
+
+/* The lane of the first recipient it is still owed to. */
+static uint32_t lane_of_message(const struct message *m)
+{
+    for (size_t i = 0; i < m->count; i++)
+        if (m->recipients[i].outcome == LATER)
+            return lane_of(domain_of(m->recipients[i].address));
+    return 0;
+}
+
+/* ==== Outcomes =========================================================== */
+
+static void set_due(const struct message *m, time_t when)
+{
+    struct timespec times[2];
+
+    times[0].tv_sec = times[1].tv_sec = when;
+    times[0].tv_nsec = times[1].tv_nsec = 0;
+    futimens(m->fd, times);
+}
+
+/* Settles a recipient for this try; LATER may still be overruled by the next
+ * exchanger. */
+static void settle(struct recipient *r, enum outcome outcome, const char *relay, const char *words)
+{
+    size_t size = strlen(relay) + strlen(words) + 2;
+
+    r->said = allocate(r->said, size);
+    snprintf(r->said, size, "%s %s", relay, words);
+    r->outcome = outcome;
+    r->unrecorded = true;
+    r->pending = outcome == LATER;
+}
+
+static void settle_all(struct recipient **to, size_t count, enum outcome outcome, const char *relay, const char *words)
+{
+    for (size_t i = 0; i < count; i++)
+        if (to[i]->pending)
+            settle(to[i], outcome, relay, words);
+}
+
+/* The lines for all recipients with an outcome that is not in the file yet, in
+ * memory that is the caller's. */
+static char *outcome_lines(const struct message *m, enum outcome outcome, size_t *size)
+{
+    char *text = NULL, now[32];
+    FILE *lines = open_memstream(&text, size);
+
+    if (lines == NULL)
+        die("no memory: a forwarder ends here, its message stays in the queue");
+    stamp(now, time(NULL));
+    for (size_t i = 0; i < m->count; i++) {
+        const struct recipient *r = &m->recipients[i];
+
+        if (r->unrecorded && r->outcome == outcome)
+            fprintf(lines, "%s %s <%s> %s\r\n", now, outcome_names[outcome], r->address, r->said);
+    }
+    fclose(lines);
+    return text;
+}
+
+/* The log's one line per outcome. */
+static void log_outcomes(struct message *m, enum outcome outcome)
+{
+    for (size_t i = 0; i < m->count; i++) {
+        struct recipient *r = &m->recipients[i];
+        size_t relay = r->said != NULL ? strcspn(r->said, " ") : 0;
+
+        if (!r->unrecorded || r->outcome != outcome)
+            continue;
+        logmsg("%s to=<%s> relay=%.*s delay=%lld status=%s (%s)", m->id, r->address, (int)relay, r->said,
+            (long long)(time(NULL) - id_time(m->id)), outcome_names[outcome], r->said + relay + 1);
+        r->unrecorded = false;
+    }
+}
+
+/* Is nobody left once the outcomes of this kind are recorded? */
+static bool is_last_record(const struct message *m, enum outcome outcome)
+{
+    for (size_t i = 0; i < m->count; i++) {
+        const struct recipient *r = &m->recipients[i];
+
+        if (r->outcome == LATER || (r->unrecorded && r->outcome != outcome))
+            return false;
+    }
+    return !m->part;
+}
+
+static void remove_message(struct message *m)
+{
+    if (unlink(spool_path("queue", m->id)) != 0 && errno != ENOENT)
+        logmsg("%s is done and cannot be removed (%s)", m->id, strerror(errno));
+    m->gone = true;
+}
+
+/* Writes the outcomes below the dot, in one write and synced.  When nobody is
+ * owed the message any more, removing it is the record.  False: the disk does
+ * not take it. */
+static bool record(struct message *m, enum outcome outcome)
+{
+    size_t size;
+    char *text;
+    bool ok = true;
+
+    if (is_last_record(m, outcome)) {
+        remove_message(m);
+        log_outcomes(m, outcome);
+        return true;
+    }
+    text = outcome_lines(m, outcome, &size);
+    if (size > 0)
+        ok = write(m->fd, text, size) == (ssize_t)size && fsync(m->fd) == 0;
+    free(text);
+    if (ok)
+        log_outcomes(m, outcome);
+    return ok;
+}
+
+/* The exchanger has said 250.  Until this is recorded a crash would send the
+ * message again: this is the one window for a duplicate.  So a full disk does
+ * not end it: the record is tried until the process's time is up. */
+static void record_sent(struct message *m)
+{
+    struct timespec second = { 1, 0 };
+
+    while (!record(m, SENT)) {
+        logmsg("%s was sent, and that cannot be recorded (%s): free some space", m->id, strerror(errno));
+        if (ftruncate(m->fd, m->whole) != 0)
+            logmsg("%s has a torn line", m->id);
+        nanosleep(&second, NULL);
+    }
+}
+
+/* ==== Exchangers ========================================================= */
+
+/* How far an exchanger's address has come in this try. */
+enum progress {
+    UNTRIED,        /* no connection */
+    CONNECTING,     /* connect() is under way */
+    AWAITING,       /* connected; its greeting is awaited */
+    GREETED,        /* it has said 220 */
+    SPENT           /* tried in vain, or used */
+};
+
+struct exchange {
+    char name[DNS_NAME_SIZE];
+    unsigned preference;
+    union address address;
+    char label[DNS_NAME_SIZE + ADDRESS_TEXT + 2];   /* name[address], for log and record */
+    enum progress progress;
+    bool refused;                       /* it greeted with a 5xx */
+    int fd;
+    int64_t deadline;                   /* of the step it is in */
+    int64_t begun, connected, greeted;  /* microseconds; 0: not yet */
+    bool pipelining, eight_bit;         /* what EHLO offered */
+    unsigned long long max_size;        /* SIZE, 0 for any */
+    const char *id;                     /* the message's, for the log */
+    int code;                           /* of the last reply */
+    unsigned lines;                     /* of the reply that is being read */
+    bool in_ehlo;                       /* ... which lists extensions */
+    char words[REPLY_SIZE];             /* the last reply as one line, or what went wrong instead */
+    char in[2048];                      /* received, not yet read */
+    size_t size;
+};
+
+struct route {
+    struct exchange x[ADDRESS_LIMIT];   /* by preference */
+    size_t count;
+    enum outcome outcome;               /* SENT: there is a way; else why there is none */
+    char words[REPLY_SIZE];
+};
+
+static void no_route(struct route *route, enum outcome outcome, const char *format, ...)
+{
+    va_list arguments;
+
+    va_start(arguments, format);
+    vsnprintf(route->words, sizeof route->words, format, arguments);
+    va_end(arguments);
+    route->outcome = outcome;
+}
+
+/* Addresses nobody sends mail to: unspecified, multicast, broadcast. */
+static bool is_usable(const union address *a)
+{
+    if (a->sa.sa_family == AF_INET6)
+        return !IN6_IS_ADDR_UNSPECIFIED(&a->in6.sin6_addr) && !IN6_IS_ADDR_MULTICAST(&a->in6.sin6_addr);
+    return ntohl(a->in.sin_addr.s_addr) >> 24 != 0 && ntohl(a->in.sin_addr.s_addr) >> 28 < 14;
+}
+
+/* Is it this server?  The same address and port, or, where it listens on all
+ * addresses, any that a socket of this machine can be bound to. */
+static bool is_self(const union address *a, unsigned port)
+{
+    static const unsigned char zero[16];
+    bool ipv6 = a->sa.sa_family == AF_INET6;
+    size_t size = ipv6 ? 16 : 4;
+    const void *octets = ipv6 ? (const void *)&a->in6.sin6_addr : &a->in.sin_addr;
+
+    for (size_t i = 0; i < settings.listening_count; i++) {
+        const union address *l = &settings.listening[i];
+        const void *ours = ipv6 ? (const void *)&l->in6.sin6_addr : &l->in.sin_addr;
+        union address free_port = *a;
+        int fd;
+        bool here;
+
+        if (l->sa.sa_family != a->sa.sa_family || address_port(l) != port)
+            continue;
+        if (memcmp(ours, octets, size) == 0)
+            return true;
+        if (memcmp(ours, zero, size) != 0)
+            continue;
+        if (ipv6)
+            free_port.in6.sin6_port = 0;
+        else
+            free_port.in.sin_port = 0;
+        fd = socket_open(&free_port, SOCK_DGRAM);
+        here = fd >= 0 && bind(fd, &free_port.sa, address_size(&free_port)) == 0;
+        if (fd >= 0)
+            close(fd);
+        if (here)
+            return true;
+    }
+    return false;
+}
+
+/* Adds an address to the route.  False: it is our own, and the list ends here. */
+static bool add_address(struct route *route, const char *name, unsigned preference, union address a, unsigned port)
+{
+    static const struct exchange fresh;
+    char text[ADDRESS_TEXT];
+    struct exchange *x = &route->x[route->count];
+
+    if (is_self(&a, port))
+        return false;
+    if (!is_usable(&a) || route->count == ADDRESS_LIMIT)
+        return true;
+    if (a.sa.sa_family == AF_INET6)
+        a.in6.sin6_port = htons((uint16_t)port);
+    else
+        a.in.sin_port = htons((uint16_t)port);
+    for (size_t i = 0; i < route->count; i++)
+        if (memcmp(&route->x[i].address, &a, address_size(&a)) == 0)
+            return true;
+    *x = fresh;
+    x->fd = -1;
+    x->preference = preference;
+    x->address = a;
+    snprintf(x->name, sizeof x->name, "%s", name);
+    address_text(&a, text);
+    snprintf(x->label, sizeof x->label, "%s[%s]", strcmp(name, text) == 0 ? "" : name, text);
+    route->count++;
+    return true;
+}
+
+/* Adds the addresses of these exchangers, which are sorted by preference. */
+static void add_exchangers(struct route *route, const struct dns_record *mx, size_t count, unsigned port)
+{
+    struct dns_query *queries = allocate(NULL, 2 * EXCHANGER_LIMIT * sizeof *queries);
+    const char *trouble = NULL;
+
+    if (count > EXCHANGER_LIMIT)
+        count = EXCHANGER_LIMIT;
+    for (size_t i = 0; i < 2 * count; i++) {
+        queries[i].name = mx[i / 2].name;
+        queries[i].type = i % 2 == 0 ? DNS_AAAA : DNS_A;
+    }
+    dns_ask(&settings.nameservers, queries, 2 * count);
+    for (size_t i = 0; i < 2 * count; i++) {
+        const struct dns_query *q = &queries[i];
+
+        if (q->status == DNS_FAILED)
+            trouble = q->why;
+        for (size_t k = 0; k < q->count; k++) {
+            if (add_address(route, q->name, mx[i / 2].preference, q->records[k].address, port))
+                continue;
+            /* RFC 5321 5.1: we are on the list.  Who is not better than we are
+             * would send it back to us. */
+            while (route->count > 0 && route->x[route->count - 1].preference >= mx[i / 2].preference)
+                route->count--;
+            if (route->count == 0)
+                no_route(route, FAILED, "5.4.6 mail for this domain would loop back to this relay");
+            free(queries);
+            return;
+        }
+    }
+    if (route->count == 0 && trouble != NULL)
+        no_route(route, LATER, "4.4.3 no address of an exchanger: %s", trouble);
+    else if (route->count == 0)
+        no_route(route, FAILED, "5.4.4 no exchanger of this domain has a usable address");
+    free(queries);
+}
+
+/* Asks for the domain's exchangers (RFC 5321 5.1). */
+static void add_domain(struct route *route, const char *domain)
+{
+    struct dns_query *query = allocate(NULL, sizeof *query);
+    struct dns_record implicit = { .preference = 0 };
+    size_t usable = 0;
+
+    query->name = domain;
+    query->type = DNS_MX;
+    dns_ask(&settings.nameservers, query, 1);
+    for (size_t i = 0; i < query->count; i++)       /* "." is no name of a host */
+        if (query->records[i].name[0] != '\0')
+            query->records[usable++] = query->records[i];
+    if (query->status == DNS_NXDOMAIN) {
+        no_route(route, FAILED, "5.1.2 there is no domain %s", domain);
+    } else if (query->status == DNS_FAILED) {
+        no_route(route, LATER, "4.4.3 no exchanger of %s: %s", domain, query->why);
+    } else if (query->status == DNS_NODATA) {
+        strcpy(implicit.name, domain);
+        add_exchangers(route, &implicit, 1, settings.mx_port);
+    } else if (usable == 0) {
+        no_route(route, FAILED, "5.1.10 %s takes no mail (null MX)", domain);      /* RFC 7505 */
+    } else {
+        add_exchangers(route, query->records, usable, settings.mx_port);
+    }
+    free(query);
+}
+
+/* Finds out where mail for a domain, or an address literal, has to go. */
+static void find_route(struct route *route, const char *domain)
+{
+    unsigned port = settings.smarthost != NULL ? settings.smarthost_port : settings.mx_port;
+    struct dns_record host = { .preference = 0 };
+    char literal[DNS_NAME_SIZE];
+    union address a;
+
+    route->count = 0;
+    route->outcome = SENT;
+    snprintf(literal, sizeof literal, "%s", domain);
+    if (settings.smarthost != NULL)
+        snprintf(literal, sizeof literal, "%s", settings.smarthost);
+    else if (domain[0] == '[')      /* [192.0.2.1] or [IPv6:2001:db8::1] */
+        snprintf(literal, sizeof literal, "%.*s", (int)strcspn(domain + 1, "]"),
+            domain + 1);
+    if (domain[0] == '[' && strncasecmp(literal, "IPv6:", 5) == 0)
+        memmove(literal, literal + 5, strlen(literal + 5) + 1);
+    if (address_parse(literal, port, &a)) {
+        if (!add_address(route, literal, 0, a, port))
+            no_route(route, FAILED, "5.4.6 mail for this address would loop back to this relay");
+        else if (route->count == 0)
+            no_route(route, FAILED, "5.1.2 nobody has the address %s", literal);
+    } else if (settings.smarthost != NULL) {
+        strcpy(host.name, settings.smarthost);
+        add_exchangers(route, &host, 1, port);
+    } else {
+        add_domain(route, domain);
+    }
+}
+
+/* ==== The dialogue ======================================================= */
+
+/* The client's time-outs, in seconds: RFC 5321 4.5.3.2. */
+enum step { CONNECT, GREETING, HELLO, MAIL, RCPT, DATA, BODY, FINAL_DOT, QUIT };
+
+static const struct {
+    const char *name;
+    long seconds;
+} steps[] = {
+    { "connecting", 30 }, { "the greeting", 300 }, { "EHLO", 300 }, { "MAIL", 300 }, { "RCPT", 300 },
+    { "DATA", 120 }, { "the message", 180 }, { "the final dot", 600 }, { "QUIT", 10 }
+};
+
+static int64_t step_deadline(enum step step)
+{
+    long seconds = steps[step].seconds;
+
+    if (settings.wait > 0 && settings.wait < seconds)
+        seconds = settings.wait;
+    return clock_ms() + seconds * 1000;
+}
+
+static void log_exchange(const struct exchange *x, const char *who, const char *text, size_t size)
+{
+    if (settings.verbose)
+        logmsg("%s %s %s: %.*s", x->id, x->label, who, (int)size, text);
+}
+
+/* The connection is of no more use; `what` happened. */
+static void lose(struct exchange *x, const char *what, enum step step)
+{
+    snprintf(x->words, sizeof x->words, "4.4.2 %s at %s", what, steps[step].name);
+    x->code = 0;
+}
+
+/* Notes an extension that EHLO offers. */
+static void note_extension(struct exchange *x, const char *text)
+{
+    size_t length = strcspn(text, " ");
+
+    if (length == 10 && strncasecmp(text, "PIPELINING", length) == 0)
+        x->pipelining = true;
+    else if (length == 8 && strncasecmp(text, "8BITMIME", length) == 0)
+        x->eight_bit = true;
+    else if (length == 4 && strncasecmp(text, "SIZE", length) == 0)
+        x->max_size = strtoull(text + length, NULL, 10);
+}
+
+enum reading { MALFORMED, PARTIAL, COMPLETE };
+
+/* Reads one line of a reply: 250-words, 250 words or 250 (RFC 5321 4.2). */
+static enum reading take_reply_line(struct exchange *x, const char *text, size_t length)
+{
+    char line[sizeof x->in];
+    size_t used = x->lines == 0 ? 0 : strlen(x->words);
+    int code;
+
+    for (size_t i = 0; i < length; i++)         /* made harmless before anybody sees it */
+        line[i] = text[i] >= ' ' && text[i] <= '~' ? text[i] : '?';
+    line[length] = '\0';
+    log_exchange(x, "S", line, length);
+    if (strspn(line, "0123456789") != 3 || line[0] < '2' || line[0] > '5' || (length > 3 && line[3] != ' ' && line[3] != '-'))
+        return MALFORMED;
+    code = atoi(line);
+    if (x->lines > 0 && code != x->code)
+        return MALFORMED;
+    if (x->in_ehlo && x->lines > 0 && length > 4)
+        note_extension(x, line + 4);
+    x->code = code;
+    if (x->lines == 0)
+        used = (size_t)snprintf(x->words, sizeof x->words, "%d", code);
+    if (length > 4)             /* what does not fit is cut off */
+        snprintf(x->words + used, sizeof x->words - used, " %.*s", (int)sizeof x->words, line + 4);
+    x->lines++;
+    if (length > 3 && line[3] == '-')
+        return x->lines < REPLY_LINES ? PARTIAL : MALFORMED;
+    x->lines = 0;
+    return COMPLETE;
+}
+
+/* Takes a reply out of what was received.  Lines that end in a bare LF are
+ * taken, too: they are read here and go nowhere. */
+static enum reading take_reply(struct exchange *x)
+{
+    enum reading reading = PARTIAL;
+
+    while (reading == PARTIAL) {
+        struct line line = next_line(x->in, x->size, true);
+
+        if (line.used == 0)
+            return x->size < sizeof x->in ? PARTIAL : MALFORMED;
+        reading = take_reply_line(x, x->in, line.length);
+        x->size -= line.used;
+        memmove(x->in, x->in + line.used, x->size);
+    }
+    return reading;
+}
+
+/* Reads once.  False: the connection is at its end. */
+static bool fill_input(struct exchange *x)
+{
+    ssize_t n = read(x->fd, x->in + x->size, sizeof x->in - x->size);
+
+    if (n > 0)
+        x->size += (size_t)n;
+    return n > 0 || (n < 0 && (errno == EAGAIN || errno == EINTR));
+}
+
+/* Waits for a whole reply.  Returns its code, or 0 and x->words says what came
+ * instead. */
+static int read_reply(struct exchange *x, enum step step)
+{
+    int64_t deadline = step_deadline(step);
+
+    for (;;) {
+        enum reading reading = take_reply(x);
+
+        if (reading == COMPLETE)
+            return x->code;
+        if (reading == MALFORMED)
+            lose(x, "no SMTP reply", step);
+        else if (!wait_ready(x->fd, false, deadline))
+            lose(x, "no reply in time", step);
+        else if (!fill_input(x))
+            lose(x, "connection lost", step);
+        else
+            continue;
+        x->lines = 0;
+        return 0;
+    }
+}
+
+/* Sends all of it, each wait for the exchanger bounded by the step's time. */
+static bool send_bytes(struct exchange *x, const char *bytes, size_t size, enum step step)
+{
+    while (size > 0) {
+        ssize_t n = write(x->fd, bytes, size);
+
+        if (n > 0) {
+            bytes += n;
+            size -= (size_t)n;
+        } else if (errno == EAGAIN) {
+            if (!wait_ready(x->fd, true, step_deadline(step))) {
+                lose(x, "nothing taken in time", step);
+                return false;
+            }
+        } else if (errno != EINTR) {
+            /* It has hung up, but may have said why before. */
+            if (read_reply(x, QUIT) < 400)
+                lose(x, "connection lost", step);
+            return false;
+        }
+    }
+    return true;
+}
+
+/* Says one command and returns the code of its reply, or 0. */
+static int say(struct exchange *x, enum step step, const char *format, ...)
+{
+    char line[1024];
+    va_list arguments;
+    int n;
+
+    va_start(arguments, format);
+    n = vsnprintf(line, sizeof line, format, arguments);
+    va_end(arguments);
+    log_exchange(x, "C", line, (size_t)n - 2);
+    return send_bytes(x, line, (size_t)n, step) ? read_reply(x, step) : 0;
+}
+
+/* What a reply to a command of ours means (RFC 5321 4.2.1).  Whatever is
+ * neither yes nor no for good may be tried again. */
+static enum outcome judge(int code)
+{
+    return code >= 200 && code < 300 ? SENT : code >= 500 && code < 600 ? FAILED : LATER;
+}
+
+/* EHLO, or HELO to who refuses it (RFC 5321 3.2). */
+static enum outcome say_hello(struct exchange *x)
+{
+    int code;
+
+    x->pipelining = x->eight_bit = false;
+    x->max_size = 0;
+    x->in_ehlo = true;
+    code = say(x, HELLO, "EHLO %s\r\n", settings.hostname);
+    x->in_ehlo = false;
+    if (judge(code) == FAILED) {
+        x->pipelining = x->eight_bit = false;
+        x->max_size = 0;
+        code = say(x, HELLO, "HELO %s\r\n", settings.hostname);
+    }
+    return judge(code);
+}
+
+/* Does the message hold octets beyond ASCII, whatever its sender declared? */
+static bool has_eight_bit(const struct message *m)
+{
+    static unsigned char block[BLOCK];
+    unsigned char bits = 0;
+    ssize_t n;
+
+    for (off_t at = m->body; at < m->end && bits < 0x80; at += n) {
+        n = pread(m->fd, block, m->end - at < BLOCK ? (size_t)(m->end - at) : BLOCK, at);
+        if (n <= 0)
+            return m->eight_bit;
+        for (ssize_t i = 0; i < n; i++)
+            bits |= block[i];
+    }
+    return bits >= 0x80;
+}
+
+/* Sends the message and its final dot, as they stand in the file. */
+static bool send_message(struct exchange *x, const struct message *m)
+{
+    static char block[BLOCK];
+    off_t at = m->body, behind = m->end + 3;
+
+    if (settings.verbose)
+        logmsg("%s %s C: (%lld octets of message)", x->id, x->label, (long long)(m->end - m->body));
+    log_exchange(x, "C", ".", 1);
+    while (at < behind) {
+        size_t size = behind - at < BLOCK ? (size_t)(behind - at) : BLOCK;
+        ssize_t n = pread(m->fd, block, size, at);
+
+        if (n <= 0) {       /* cannot go on, and must not pretend to be at the end */
+            snprintf(x->words, sizeof x->words, "4.3.0 the spool cannot be read: %s", strerror(errno));
+            return false;
+        }
+        if (!send_bytes(x, block, (size_t)n, BODY))
+            return false;
+        at += n;
+    }
+    return true;
+}
+
+/* Signals that would end this process politely wait while the exchanger may
+ * have the message and the record does not say so. */
+static void hold_signals(bool hold)
+{
+    sigset_t set;
+
+    sigemptyset(&set);
+    sigaddset(&set, SIGTERM);
+    sigaddset(&set, SIGINT);
+    sigprocmask(hold ? SIG_BLOCK : SIG_UNBLOCK, &set, NULL);
+}
+
+/* The exchanger says 354: the message, and its answer for all accepted. */
+static bool transfer_message(struct exchange *x, struct message *m, struct recipient **to, size_t count)
+{
+    bool sent;
+    int code = 0;
+
+    hold_signals(true);
+    sent = send_message(x, m);
+    if (sent)
+        code = read_reply(x, FINAL_DOT);
+    for (size_t i = 0; i < count; i++)
+        if (to[i]->accepted)
+            settle(to[i], judge(sent ? code : x->code), x->label, x->words);
+    if (judge(code) == SENT)
+        record_sent(m);
+    hold_signals(false);
+    return code != 0;
+}
+
+/* The envelope's commands, in memory that is the caller's. */
+static char *compose_envelope(const struct exchange *x, const struct message *m, struct recipient **to, size_t count,
+    bool eight_bit)
+{
+    char *text = NULL;
+    size_t size;
+    FILE *lines = open_memstream(&text, &size);
+
+    if (lines == NULL)
+        die("no memory: a forwarder ends here, its message stays in the queue");
+    fprintf(lines, "MAIL FROM:<%s>", m->reverse_path);
+    if (x->max_size > 0)
+        fprintf(lines, " SIZE=%lld", (long long)(m->end - m->body));
+    fprintf(lines, "%s\r\n", x->eight_bit && (eight_bit || m->eight_bit) ? " BODY=8BITMIME" : "");
+    for (size_t i = 0; i < count; i++)
+        fprintf(lines, "RCPT TO:<%s>\r\n", to[i]->address);
+    fprintf(lines, "DATA\r\n");
+    fclose(lines);
+    return text;
+}
+
+/* Takes the reply to the i-th command of an envelope for `count` recipients. */
+static void take_envelope_reply(struct exchange *x, int code, size_t i, struct recipient **to, size_t count)
+{
+    if (i == 0 && judge(code) != SENT) {                    /* MAIL */
+        settle_all(to, count, judge(code), x->label, x->words);
+    } else if (i > 0 && i <= count && to[i - 1]->pending) { /* RCPT */
+        to[i - 1]->accepted = judge(code) == SENT;
+        /* 552 means too many recipients to an old server: RFC 5321 4.5.3.1.10 */
+        if (judge(code) != SENT)
+            settle(to[i - 1], code == 552 ? LATER : judge(code), x->label, x->words);
+    }
+}
+
+/* One transaction (RFC 5321 3.3), in lockstep or with the envelope sent ahead
+ * (RFC 2920).  False: the connection is of no more use. */
+static bool transact(struct exchange *x, struct message *m, struct recipient **to, size_t count, bool eight_bit)
+{
+    char *text = compose_envelope(x, m, to, count, eight_bit), *line = text;
+    size_t accepted = 0;
+    bool mail_ok = false, alive = true;
+    int code = 0;
+
+    for (size_t i = 0; i < count; i++)
+        to[i]->accepted = false;
+    if (x->pipelining)
+        alive = send_bytes(x, text, strlen(text), MAIL);
+    for (size_t i = 0; i <= count + 1 && alive; i++) {
+        enum step step = i == 0 ? MAIL : i <= count ? RCPT : DATA;
+        size_t length = strcspn(line, "\n") + 1;
+
+        log_exchange(x, "C", line, length - 2);
+        alive = (x->pipelining || send_bytes(x, line, length, step)) && (code = read_reply(x, step)) != 0;
+        line += length;
+        if (!alive)
+            break;
+        mail_ok = mail_ok || (i == 0 && judge(code) == SENT);
+        if (mail_ok || i == 0)
+            take_envelope_reply(x, code, i, to, count);
+        accepted += i > 0 && i <= count && to[i - 1]->accepted;
+        if (!x->pipelining && (!mail_ok || (i == count && accepted == 0))) {
+            free(text);
+            return true;        /* nobody to send to; RSET is not needed before QUIT */
+        }
+    }
+    free(text);
+    if (!alive) {
+        for (size_t i = 0; i < count; i++)      /* as if they had not been asked */
+            if (to[i]->pending)
+                settle(to[i], LATER, x->label, x->words);
+        return false;
+    }
+    if (code == 354 && accepted > 0)
+        return transfer_message(x, m, to, count);
+    if (code == 354)            /* RFC 2920 3.1: an empty message ends what nobody wants */
+        return say(x, FINAL_DOT, ".\r\n") != 0;
+    for (size_t i = 0; i < count; i++)
+        if (to[i]->accepted)
+            settle(to[i], judge(code) == FAILED ? FAILED : LATER, x->label, x->words);
+    return true;
+}
+
+/* ==== The race =========================================================== */
+
+static int64_t clock_us(void)
+{
+    struct timespec now;
+
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return (int64_t)now.tv_sec * 1000000 + now.tv_nsec / 1000;
+}
+
+/* This address is of no use in this try; x->words says why. */
+static void spend(struct exchange *x)
+{
+    if (x->fd >= 0)
+        close(x->fd);
+    x->fd = -1;
+    x->progress = SPENT;
+}
+
+static void start_connecting(struct exchange *x)
+{
+    x->connected = x->greeted = 0;
+    x->size = x->lines = 0;
+    x->begun = clock_us();
+    x->deadline = step_deadline(CONNECT);
+    x->progress = CONNECTING;
+    x->fd = socket_open(&x->address, SOCK_STREAM);
+    if (x->fd < 0 || (connect(x->fd, &x->address.sa, address_size(&x->address)) != 0 && errno != EINPROGRESS)) {
+        snprintf(x->words, sizeof x->words, "4.4.1 %s", strerror(errno));
+        spend(x);
+    }
+}
+
+/* The socket can be written: connect() is finished, and SO_ERROR says how. */
+static void finish_connecting(struct exchange *x)
+{
+    int error = 0;
+    socklen_t size = sizeof error;
+
+    getsockopt(x->fd, SOL_SOCKET, SO_ERROR, &error, &size);
+    if (error != 0) {
+        snprintf(x->words, sizeof x->words, "4.4.1 %s", strerror(error));
+        spend(x);
+        return;
+    }
+    x->connected = clock_us();
+    x->deadline = step_deadline(GREETING);
+    x->progress = AWAITING;
+}
+
+/* Reads what there is of the greeting. */
+static void take_greeting(struct exchange *x)
+{
+    bool open = fill_input(x);
+    enum reading reading = take_reply(x);
+
+    if (reading == COMPLETE && judge(x->code) == SENT) {
+        x->greeted = clock_us();
+        x->progress = GREETED;
+        return;
+    }
+    if (reading == PARTIAL && open)
+        return;
+    if (reading == COMPLETE)
+        x->refused = judge(x->code) == FAILED;
+    else
+        lose(x, open ? "no SMTP reply" : "connection lost", GREETING);
+    spend(x);
+}
+
+/* Waits until something happens to one of those on the way.  False: nobody is. */
+static bool watch(struct route *route)
+{
+    int64_t first = INT64_MAX, left;
+    struct timeval timeout;
+    fd_set readable, writable;
+    int top = -1, ready;
+
+    FD_ZERO(&readable);
+    FD_ZERO(&writable);
+    for (struct exchange *x = route->x; x < route->x + route->count; x++) {
+        if (x->progress != CONNECTING && x->progress != AWAITING)
+            continue;
+        FD_SET(x->fd, x->progress == CONNECTING ? &writable : &readable);
+        top = x->fd > top ? x->fd : top;
+        first = x->deadline < first ? x->deadline : first;
+    }
+    if (top < 0)
+        return false;
+    left = first > clock_ms() ? first - clock_ms() : 0;
+    timeout.tv_sec = (time_t)(left / 1000);
+    timeout.tv_usec = (suseconds_t)(left % 1000 * 1000);
+    ready = select(top + 1, &readable, &writable, NULL, &timeout);
+    for (struct exchange *x = route->x; x < route->x + route->count; x++) {
+        if (ready > 0 && x->progress == CONNECTING && FD_ISSET(x->fd, &writable)) {
+            finish_connecting(x);
+        } else if (ready > 0 && x->progress == AWAITING && FD_ISSET(x->fd, &readable)) {
+            take_greeting(x);
+        } else if ((x->progress == CONNECTING || x->progress == AWAITING) && clock_ms() >= x->deadline) {
+            lose(x, "no answer in time", x->progress == CONNECTING ? CONNECT : GREETING);
+            spend(x);
+        }
+    }
+    return true;
+}
+
+/* Logs what was measured since `start`: milliseconds from connect() to the
+ * handshake and to the greeting, "-" for what had not come when the race was won. */
+static void log_race(const struct route *route, int64_t start)
+{
+    char *text = NULL;
+    size_t size;
+    FILE *line = open_memstream(&text, &size);
+
+    if (line == NULL)
+        return;
+    for (const struct exchange *x = route->x; x < route->x + route->count; x++) {
+        if (x->begun < start)
+            continue;           /* it was not in this one */
+        fprintf(line, " %s", x->label);
+        if (x->connected != 0)
+            fprintf(line, " handshake=%.2fms", (double)(x->connected - x->begun) / 1000);
+        if (x->greeted != 0)
+            fprintf(line, " greeting=%.2fms;", (double)(x->greeted - x->begun) / 1000);
+        else if (x->progress == SPENT)
+            fprintf(line, " (%s);", x->words);
+        else
+            fprintf(line, " greeting=-;");
+    }
+    fclose(line);
+    if (size > 0)
+        logmsg("%s race:%.*s", route->x[0].id, (int)size - 1, text);
+    free(text);
+}
+
+/* Ends a connection that lost the race.  QUIT is said to whom has greeted by
+ * now; to talk before the greeting is what only spammers do. */
+static void let_go(struct exchange *x)
+{
+    static const char quit[] = "QUIT\r\n";
+
+    if (x->progress == AWAITING)
+        take_greeting(x);
+    if (x->progress == GREETED && write(x->fd, quit, sizeof quit - 1) < 0)
+        lose(x, "connection lost", QUIT);
+    if (x->progress != SPENT) {
+        spend(x);
+        x->progress = UNTRIED;      /* it may still be needed */
+    }
+}
+
+/* Connects to all untried addresses of one preference at once.  The first to
+ * greet is the nearest: it is returned, and the others are let go.  NULL: there
+ * is none. */
+static struct exchange *race(struct route *route, unsigned preference)
+{
+    struct exchange *winner = NULL, *end = route->x + route->count;
+    int64_t start = clock_us();
+
+    for (struct exchange *x = route->x; x < end; x++)
+        if (x->progress == UNTRIED && x->preference == preference)
+            start_connecting(x);
+    do
+        for (struct exchange *x = route->x; x < end && winner == NULL; x++)
+            if (x->progress == GREETED)
+                winner = x;
+    while (winner == NULL && watch(route));
+    log_race(route, start);
+    for (struct exchange *x = route->x; x < end; x++)
+        if (x != winner && x->fd >= 0)
+            let_go(x);
+    return winner;
+}
+
+/* ==== Delivery =========================================================== */
+
+static bool any_pending(struct recipient **to, size_t count)
+{
+    for (size_t i = 0; i < count; i++)
+        if (to[i]->pending)
+            return true;
+    return false;
+}
+
+/* As many transactions as the recipients need.  False: the connection is of no
+ * more use. */
+static bool transact_all(struct exchange *x, struct message *m, struct recipient **to, size_t count, bool eight_bit)
+{
+    size_t i = 0;
+
+    while (i < count) {
+        struct recipient *group[GROUP_LIMIT];
+        size_t n = 0;
+
+        for (; i < count && n < GROUP_LIMIT; i++)
+            if (to[i]->pending)
+                group[n++] = to[i];
+        if (n > 0 && !transact(x, m, group, n, eight_bit))
+            return false;
+    }
+    return true;
+}
+
+/* The whole dialogue with an exchanger that has greeted us. */
+static void converse(struct exchange *x, struct message *m, struct recipient **to, size_t count)
+{
+    enum outcome hello = say_hello(x);
+    bool alive = x->code != 0, eight_bit = has_eight_bit(m);
+
+    if (hello != SENT)
+        settle_all(to, count, hello, x->label, x->words);
+    else if (x->max_size > 0 && (unsigned long long)(m->end - m->body) > x->max_size)
+        settle_all(to, count, FAILED, x->label, "5.3.4 the message is larger than this exchanger takes");
+    else if (eight_bit && !x->eight_bit)    /* RFC 6152 3: we do not convert */
+        settle_all(to, count, FAILED, x->label, "5.6.3 8-bit content, and this exchanger offers no 8BITMIME");
+    else
+        alive = transact_all(x, m, to, count, eight_bit);
+    if (alive)
+        say(x, QUIT, "QUIT\r\n");
+    spend(x);
+}
+
+/* Nobody of this preference is left.  Who has had no answer from anybody yet
+ * gets the reason why the last of them could not be reached. */
+static void blame_last(const struct route *route, unsigned preference, struct recipient **to, size_t count)
+{
+    const struct exchange *last = NULL;
+
+    for (const struct exchange *x = route->x; x < route->x + route->count; x++)
+        if (x->preference == preference && x->progress == SPENT)
+            last = x;
+    for (size_t i = 0; i < count && last != NULL; i++)
+        if (to[i]->pending && !to[i]->unrecorded)
+            settle(to[i], LATER, last->label, last->words);
+}
+
+/* Tries to bring the message to these recipients, who share a domain.  Returns
+ * false if that failed for want of anybody who answers. */
+static bool deliver(struct message *m, struct recipient **to, size_t count)
+{
+    struct route *route = allocate(NULL, sizeof *route);
+    bool reached = false, refused = true;
+    size_t i = 0;
+
+    find_route(route, domain_of(to[0]->address));
+    if (route->outcome != SENT)
+        settle_all(to, count, route->outcome, "-", route->words);
+    for (size_t k = 0; k < route->count; k++)
+        route->x[k].id = m->id;
+    while (i < route->count && any_pending(to, count)) {
+        unsigned preference = route->x[i].preference;
+        struct exchange *x = race(route, preference);
+
+        if (x != NULL) {
+            reached = true;
+            converse(x, m, to, count);
+            continue;
+        }
+        blame_last(route, preference, to, count);
+        for (; i < route->count && route->x[i].preference == preference; i++)
+            refused = refused && route->x[i].refused;
+    }
+    for (size_t k = 0; k < count; k++)      /* a 5xx greeting from all: nobody there takes mail */
+        if (to[k]->pending && route->count > 0 && refused) {
+            to[k]->outcome = FAILED;
+            to[k]->pending = false;
+        }
+    reached = reached || route->outcome == FAILED || (route->count > 0 && refused);
+    free(route);
+    return reached;
+}
+
+/* Who has waited as long as mail may wait has waited in vain. */
+static void expire(const struct message *m, struct recipient **to, size_t count)
+{
+    for (size_t i = 0; i < count; i++) {
+        char words[REPLY_SIZE], *said = to[i]->said;
+
+        if (!to[i]->pending || m->age < settings.expire)
+            continue;
+        snprintf(words, sizeof words, "4.4.7 given up after %lld seconds; last: %s", (long long)m->age,
+            said != NULL ? said : "-");
+        settle(to[i], FAILED, "-", words);
+    }
+}
+
+/* ==== Reports ============================================================ */
+
+/* The status of RFC 3463 in an exchanger's words, or the general one. */
+static void find_status(const char *words, char status[16])
+{
+    unsigned class, subject, detail;
+    int n = 0;
+
+    if (strspn(words, "0123456789") == 3)
+        words += words[3] == ' ' ? 4 : 3;
+    if (sscanf(words, "%1u.%3u.%3u%n", &class, &subject, &detail, &n) == 3 && n >= 5
+        && (words[n] == ' ' || words[n] == '\0') && (class == 4 || class == 5))
+        snprintf(status, 16, "%u.%u.%u", class, subject, detail);
+    else
+        strcpy(status, "5.0.0");
+}
+
+/* The failed recipients for a program to read: RFC 3464 2. */
+static void write_delivery_status(FILE *out, const struct message *m)
+{
+    char date[64], status[16];
+
+    mail_date(date, id_time(m->id));
+    fprintf(out, "Reporting-MTA: dns; %s\r\nArrival-Date: %s\r\n", settings.hostname, date);
+    mail_date(date, time(NULL));
+    for (size_t i = 0; i < m->count; i++) {
+        const struct recipient *r = &m->recipients[i];
+        size_t name = r->said != NULL ? strcspn(r->said, "[ ") : 0, relay = r->said != NULL ? strcspn(r->said, " ") : 0;
+        const char *words;
+
+        if (!r->unrecorded || r->outcome != FAILED)
+            continue;
+        words = r->said + relay + 1;
+        find_status(words, status);
+        fprintf(out, "\r\nFinal-Recipient: rfc822; %s\r\nAction: failed\r\nStatus: %s\r\n", r->address, status);
+        if (r->said[0] != '-')
+            fprintf(out, "Remote-MTA: dns; %.*s\r\n", name > 0 ? (int)name : (int)relay, r->said);
+        fprintf(out, "Diagnostic-Code: %s; %s\r\nLast-Attempt-Date: %s\r\n",
+            strspn(words, "0123456789") == 3 ? "smtp" : "x-relay", words, date);
+    }
+}
+
+/* The original's header, bounded, and harmless to who reads it. */
+static void write_header(FILE *out, const struct message *m)
+{
+    struct reader r = { .fd = m->fd, .at = m->body };
+    size_t written = 0;
+    char *line;
+
+    while ((line = read_line(&r)) != NULL && r.length > 0 && reader_offset(&r) <= m->end && written < HEADER_LIMIT) {
+        size_t length = r.length < 990 ? r.length : 990;
+
+        for (size_t i = 0; i < length; i++)
+            if ((line[i] < ' ' && line[i] != '\t') || line[i] > '~')
+                line[i] = '?';
+        fprintf(out, "%.*s\r\n", (int)length, line);
+        written += length;
+    }
+}
+
+/* The report on all that failed in this try (RFC 3464, RFC 6522), as a message
+ * from nobody (RFC 5321 4.5.5), so that there can be no report on it. */
+static void write_report(FILE *out, const struct message *m, const char *id)
+{
+    char date[64];
+
+    mail_date(date, time(NULL));
+    fprintf(out, "HELO %s\r\nMAIL FROM:<>\r\nRCPT TO:<%s>\r\nDATA\r\n", settings.hostname, m->reverse_path);
+    fprintf(out, "Date: %s\r\nFrom: Mail relay <MAILER-DAEMON@%s>\r\nTo: <%s>\r\n", date, settings.hostname,
+        m->reverse_path);
+    fprintf(out, "Subject: Undelivered mail\r\nMessage-ID: <%s@%s>\r\nAuto-Submitted: auto-replied\r\n", id,
+        settings.hostname);       /* RFC 3834 5 */
+    fprintf(out, "MIME-Version: 1.0\r\nContent-Type: multipart/report; report-type=delivery-status;\r\n"
+        "\tboundary=\"=_%s\"\r\n\r\n", id);
+    fprintf(out, "--=_%s\r\nContent-Type: text/plain; charset=us-ascii\r\n\r\n"
+        "This is the mail relay at %s.\r\n\r\n"
+        "Your message, whose header is below, did not reach these recipients, and\r\n"
+        "is not tried any more for them:\r\n", id, settings.hostname);
+    for (size_t i = 0; i < m->count; i++) {
+        const struct recipient *r = &m->recipients[i];
+
+        if (r->unrecorded && r->outcome == FAILED)
+            fprintf(out, "\r\n  <%s>\r\n    %s\r\n", r->address, r->said);
+    }
+    fprintf(out, "\r\n--=_%s\r\nContent-Type: message/delivery-status\r\n\r\n", id);
+    write_delivery_status(out, m);
+    fprintf(out, "\r\n--=_%s\r\nContent-Type: text/rfc822-headers\r\n\r\n", id);
+    write_header(out, m);
+    fprintf(out, "\r\n--=_%s--\r\n.\r\n", id);
+}
+
+/* Makes the report durable.  False: it could not be stored, so that no failure
+ * may be recorded.  report->fd stays -1 where there is nobody to tell. */
+static bool report_failures(const struct message *m, struct draft *report)
+{
+    char *text = NULL;
+    size_t size;
+    FILE *out;
+
+    if (m->reverse_path[0] == '\0') {
+        logmsg("%s came from <>: its failures are reported to nobody", m->id);
+        return true;
+    }
+    if (!draft_open(report, 0))
+        return false;
+    out = open_memstream(&text, &size);
+    if (out == NULL)
+        die("no memory: a forwarder ends here, its message stays in the queue");
+    write_report(out, m, report->id);
+    fclose(out);
+    draft_add(report, text, size);
+    free(text);
+    if (!store(report)) {
+        draft_drop(report);
+        return false;
+    }
+    logmsg("%s failures are reported to=<%s> by %s", m->id, m->reverse_path, report->id);
+    return true;
+}
+
+/* ==== Forwarders ========================================================= */
+
+/* The recipients of one domain, tried in a process of their own. */
+struct party {
+    struct recipient **to;
+    size_t count;
+    pid_t pid;
+    int results;        /* the failed outcomes come from here */
+};
+
+/* Puts the pending recipients into `order`, those of a domain side by side, and
+ * divides them into parties.  With a smarthost all are one party.  Returns how
+ * many there are. */
+static size_t make_parties(struct message *m, struct recipient **order, struct party *parties)
+{
+    size_t ordered = 0, count = 0;
+
+    for (size_t i = 0; i < m->count; i++) {
+        const char *domain = domain_of(m->recipients[i].address);
+        size_t first = ordered;
+
+        for (size_t k = i; k < m->count; k++) {
+            struct recipient *r = &m->recipients[k];
+
+            if (r->outcome == LATER && !r->pending
+                && (settings.smarthost != NULL || strcasecmp(domain_of(r->address), domain) == 0)) {
+                r->pending = true;
+                order[ordered++] = r;
+            }
+        }
+        if (ordered > first) {
+            struct party party = { order + first, ordered - first, -1, -1 };
+            parties[count++] = party;
+        }
+    }
+    return count;
+}
+
+/* A child for one domain.  It holds a lock of its own, on the octet after the
+ * message's: if its parent is killed, nobody tries the message again before the
+ * child is done, too.  What failed goes to the parent, who reports it first. */
+static void start_party(struct message *m, struct party *p, off_t number)
+{
+    int ends[2];
+    size_t size;
+    pid_t parent = getpid();
+    char *failures;
+    bool reached;
+
+    if (pipe(ends) != 0)
+        return;
+    p->pid = fork();
+    if (p->pid != 0) {
+        close(ends[1]);
+        p->results = ends[0];
+        return;
+    }
+    close(ends[0]);
+    alarm(TRY_LIMIT);
+    if (!lock_octets(m->fd, F_WRLCK, number, 1) || getppid() != parent)
+        _exit(1);
+    m->part = true;
+    reached = deliver(m, p->to, p->count);
+    expire(m, p->to, p->count);
+    if (!record(m, LATER))
+        logmsg("%s outcomes cannot be recorded (%s)", m->id, strerror(errno));
+    failures = outcome_lines(m, FAILED, &size);
+    for (size_t done = 0; done < size; ) {
+        ssize_t n = write(ends[1], failures + done, size - done);
+        if (n <= 0)
+            _exit(1);
+        done += (size_t)n;
+    }
+    _exit(reached ? FORWARD_DONE : FORWARD_UNREACHABLE);
+}
+
+/* Waits for a party's end.  Adds its failures to `failures`; true if it reached
+ * anybody. */
+static bool end_party(struct party *p, FILE *failures)
+{
+    char block[4096];
+    ssize_t n;
+    int status = 0;
+
+    if (p->pid < 0)
+        return true;        /* no process was left for it: not the exchanger's fault */
+    while ((n = read(p->results, block, sizeof block)) > 0 || (n < 0 && errno == EINTR))
+        if (n > 0)
+            fwrite(block, 1, (size_t)n, failures);
+    close(p->results);
+    while (waitpid(p->pid, &status, 0) < 0 && errno == EINTR)
+        ;
+    return !WIFEXITED(status) || WEXITSTATUS(status) != FORWARD_UNREACHABLE;
+}
+
+/* Several domains: side by side, so that a dead one delays no other. */
+static bool deliver_parties(struct message *m, struct party *parties, size_t count)
+{
+    char *text = NULL, *line, *next;
+    size_t size, ended = 0;
+    bool reached = false;
+    FILE *failures = open_memstream(&text, &size);
+
+    if (failures == NULL)
+        die("no memory: a forwarder ends here, its message stays in the queue");
+    lock_octets(m->fd, F_UNLCK, 1, 0);      /* the others' octets are free for their children */
+    for (size_t i = 0; i < count; i++) {
+        if (i - ended == DOMAINS_AT_ONCE)
+            reached = end_party(&parties[ended++], failures) || reached;
+        start_party(m, &parties[i], (off_t)i + 1);
+    }
+    while (ended < count)
+        reached = end_party(&parties[ended++], failures) || reached;
+    fclose(failures);
+    read_outcomes(m);           /* what the children have recorded */
+    for (line = text; *line != '\0'; line = next) {
+        next = strchr(line, '\n') + 1;
+        line[strcspn(line, "\r")] = '\0';
+        apply_outcome(m, line);
+    }
+    for (size_t i = 0; i < count; i++)
+        for (size_t k = 0; k < parties[i].count; k++)
+            parties[i].to[k]->unrecorded = parties[i].to[k]->outcome == FAILED;
+    free(text);
+    return reached;
+}
+
+/* After a try: reports, records, and removes or reschedules the message. */
+static void conclude(struct message *m, struct draft *report)
+{
+    bool failed = false, owed = false;
+
+    for (size_t i = 0; i < m->count; i++) {
+        failed = failed || (m->recipients[i].unrecorded && m->recipients[i].outcome == FAILED);
+        owed = owed || m->recipients[i].outcome == LATER;
+    }
+    if (failed && !report_failures(m, report)) {
+        logmsg("%s failures cannot be reported now: they will be found again", m->id);
+        return;                 /* the next try is due already, set ahead */
+    }
+    if ((failed && !record(m, FAILED)) || !record(m, LATER))
+        logmsg("%s outcomes cannot be recorded (%s)", m->id, strerror(errno));
+    if (owed)
+        set_due(m, time(NULL) + (time_t)back_off(m->age));
+    else if (!m->gone)
+        remove_message(m);
+}
+
+/* One try of one message, which is locked.  Returns whether anybody was reached. */
+static bool try_message(struct message *m, struct draft *report)
+{
+    struct recipient **order = allocate(NULL, m->count * sizeof *order);
+    struct party *parties = allocate(NULL, m->count * sizeof *parties);
+    size_t count;
+    bool reached = true;
+
+    /* If this process is killed, the message is not tried again at once. */
+    set_due(m, time(NULL) + (time_t)back_off(m->age));
+    if (ftruncate(m->fd, m->whole) != 0)
+        logmsg("%s has a torn line that cannot be cut away (%s)", m->id, strerror(errno));
+    count = make_parties(m, order, parties);
+    if (count == 1) {
+        reached = deliver(m, parties[0].to, parties[0].count);
+        expire(m, parties[0].to, parties[0].count);
+    } else if (count > 1) {
+        reached = deliver_parties(m, parties, count);
+    }
+    if (!m->gone)
+        conclude(m, report);
+    free(order);
+    free(parties);
+    return reached;
+}
+
+/* Tries a message, and the report on it if there has to be one, and exits. */
+static void forward(struct message *m)
+{
+    struct draft report = { .fd = -1 };
+    bool reached;
+
+    alarm(TRY_LIMIT);       /* nothing an exchanger does makes a try last for ever */
+    reached = try_message(m, &report);
+    message_free(m);
+    if (report.fd >= 0 && message_read(m, report.fd, report.id)) {
+        report.fd = -1;
+        try_message(m, &report);
+    }
+    _exit(reached ? FORWARD_DONE : FORWARD_UNREACHABLE);
+}
+
+/* Offers an id to the server.  It may be told later that nobody took it: the
+ * runner finds the message again. */
+static bool offer(int due_fd, const char *id, uint32_t lane)
+{
+    char line[DUE_SIZE + 1];
+    int n = snprintf(line, sizeof line, DUE_FORMAT, id, (unsigned long)lane);
+
+    return write(due_fd, line, (size_t)n) == n;
+}
+
+void hand_over(struct draft *d, int reply_fd, int due_fd, uint32_t lane, bool forward_now)
+{
+    char reply[REPLY_SIZE];
+    struct message m;
+    bool stored;
+
+    hold_signals(true);
+    stored = store(d);
+    snprintf(reply, sizeof reply, stored ? "250 2.0.0 Ok: queued as %s" : "%s",
+        stored ? d->id : draft_refusal(d->error));
+    /* From here on the mail is ours, even if the client does not hear it. */
+    if (write(reply_fd, reply, strlen(reply)) < 0)
+        logmsg("%s nobody waits for: %s", d->id, reply);
+    close(reply_fd);
+    hold_signals(false);
+    if (!stored) {
+        draft_drop(d);
+        _exit(1);
+    }
+    if (!forward_now) {
+        offer(due_fd, d->id, lane);
+        _exit(1);
+    }
+    close(due_fd);
+    if (!message_read(&m, d->fd, d->id)) {
+        logmsg("%s cannot be read back from the spool", d->id);
+        _exit(1);
+    }
+    forward(&m);
+}
+
+void forward_due(const char *id)
+{
+    struct message m;
+    struct stat st;
+    int fd = id_time(id) != 0 ? open_queued(id, O_RDWR | O_APPEND) : -1;
+
+    /* Somebody else may have it, or may have been done with it just now. */
+    if (fd < 0 || !lock_octets(fd, F_WRLCK, 0, 0) || fstat(fd, &st) != 0 || st.st_nlink == 0)
+        _exit(1);
+    if (!message_read(&m, fd, id)) {
+        logmsg("%s is not a message of ours: left alone", id);
+        _exit(1);
+    }
+    forward(&m);
+}
+
+/* ==== The queue ========================================================== */
+
+static volatile sig_atomic_t all_due, woken;
+
+static void on_wake(int number)
+{
+    woken = 1;
+    if (number == SIGHUP)
+        all_due = 1;
+}
+
+/* Is somebody trying this message?  Asking takes no lock. */
+static bool is_locked(int fd)
+{
+    struct flock lock = { .l_type = F_WRLCK, .l_whence = SEEK_SET };
+
+    return fcntl(fd, F_GETLK, &lock) == 0 && lock.l_type != F_UNLCK;
+}
+
+/* Looks at one file of the queue that is due, and offers it. */
+static void offer_due(int due_fd, const char *id, pid_t server)
+{
+    struct message m;
+    int fd = open_queued(id, O_RDWR);
+
+    if (fd < 0)
+        return;
+    if (is_locked(fd)) {
+        close(fd);
+        return;
+    }
+    if (message_read(&m, fd, id)) {
+        uint32_t lane = lane_of_message(&m);
+
+        /* The pipe is full when the server has enough to do: so this waits. */
+        while (!offer(due_fd, id, lane) && errno == EAGAIN && getppid() == server)
+            wait_ready(due_fd, true, clock_ms() + 1000);
+    }
+    message_free(&m);
+}
+
+/* When is this file due?  0: it is none of ours. */
+static time_t due_time(const char *id, bool make_due, bool complain)
+{
+    int64_t most = settings.retry > RETRY_LIMIT ? settings.retry : RETRY_LIMIT;
+    time_t now = time(NULL);
+    struct stat st;
+
+    if (lstat(spool_path("queue", id), &st) != 0)
+        return 0;
+    if (id_time(id) == 0 || !S_ISREG(st.st_mode) || st.st_uid != geteuid()) {
+        if (complain)
+            logmsg("queue/%s is no message of ours: left alone", id);
+        return 0;
+    }
+    if (make_due && st.st_mtime > now) {
+        utimensat(AT_FDCWD, spool_path("queue", id), NULL, AT_SYMLINK_NOFOLLOW);
+        return now;
+    }
+    /* Further away than any back-off: the clock was wrong, then or now. */
+    return st.st_mtime > now + most ? now : st.st_mtime;
+}
+
+/* Looks once through the queue.  Returns when the next file will be due. */
+static time_t search_queue(int due_fd, pid_t server, bool make_due, bool complain)
+{
+    time_t now = time(NULL), next = now + NAP_LIMIT;
+    DIR *queue = opendir("queue");
+    struct dirent *entry;
+
+    if (queue == NULL && chdir(settings.spool) != 0)    /* it was taken away: perhaps it is back */
+        return next;
+    while (queue != NULL && (entry = readdir(queue)) != NULL && getppid() == server) {
+        time_t due = entry->d_name[0] == '.' ? 0 : due_time(entry->d_name, make_due, complain);
+
+        if (due != 0 && due <= time(NULL))
+            offer_due(due_fd, entry->d_name, server);
+        else if (due != 0 && due < next)
+            next = due;
+    }
+    if (queue != NULL)
+        closedir(queue);
+    return next;
+}
+
+void run_queue(int due_fd, pid_t server)
+{
+    struct sigaction action = { .sa_handler = on_wake };
+    sigset_t wakers, open;
+    bool first = true;
+
+    sigemptyset(&action.sa_mask);
+    sigemptyset(&wakers);
+    sigaddset(&wakers, SIGHUP);
+    sigaddset(&wakers, SIGUSR1);
+    sigprocmask(SIG_BLOCK, &wakers, &open);
+    sigaction(SIGHUP, &action, NULL);
+    sigaction(SIGUSR1, &action, NULL);
+    for (; getppid() == server; first = false) {
+        int64_t begun = clock_ms(), nap;
+        bool make_due = all_due;
+        time_t next;
+
+        woken = all_due = 0;
+        next = search_queue(due_fd, server, make_due, first);
+        nap = ((int64_t)next - (int64_t)time(NULL)) * 1000;
+        if (nap > settings.retry * 1000)
+            nap = settings.retry * 1000;
+        if (nap < 1000)
+            nap = 1000;
+        if (nap < 10 * (clock_ms() - begun))    /* a long search is not to be made all the time */
+            nap = 10 * (clock_ms() - begun);
+        if (nap > NAP_LIMIT * 1000)
+            nap = NAP_LIMIT * 1000;
+        if (!woken) {
+            struct timespec timeout;
+
+            timeout.tv_sec = (time_t)(nap / 1000);
+            timeout.tv_nsec = (long)(nap % 1000) * 1000000;
+            pselect(0, NULL, NULL, NULL, &timeout, &open);
+        }
+    }
+    _exit(0);
+}
+
+static int compare_ids(const void *a, const void *b)
+{
+    return strcmp(a, b);
+}
+
+/* 90061 becomes 1d1h. */
+static const char *duration(char text[32], int64_t seconds)
+{
+    static const struct { int64_t seconds; char unit; } units[] = { { 86400, 'd' }, { 3600, 'h' }, { 60, 'm' }, { 1, 's' } };
+    size_t i = 0;
+
+    if (seconds < 0)
+        seconds = 0;
+    while (i < 3 && seconds < units[i].seconds)
+        i++;
+    if (i < 3 && seconds % units[i].seconds >= units[i + 1].seconds)
+        snprintf(text, 32, "%lld%c%lld%c", (long long)(seconds / units[i].seconds), units[i].unit,
+            (long long)(seconds % units[i].seconds / units[i + 1].seconds), units[i + 1].unit);
+    else
+        snprintf(text, 32, "%lld%c", (long long)(seconds / units[i].seconds), units[i].unit);
+    return text;
+}
+
+/* Prints one message.  Returns how many recipients it is owed to, 0 also for
+ * what is no message. */
+static size_t list_message(const char *id, long long *octets)
+{
+    char age[32], next[32];
+    struct message m;
+    struct stat st;
+    int fd = open_queued(id, O_RDONLY);
+    size_t owed = 0;
+    time_t now = time(NULL);
+
+    if (fd < 0)
+        return 0;
+    if (fstat(fd, &st) == 0 && message_read(&m, fd, id)) {
+        printf("%s  %lld octets  age %s  from <%s>  ", id, (long long)(m.end - m.body),
+            duration(age, (int64_t)now - id_time(id)), m.reverse_path);
+        if (is_locked(fd))
+            printf("being tried now\n");
+        else
+            printf("next try in %s\n", duration(next, (int64_t)st.st_mtime - now));
+        for (size_t i = 0; i < m.count; i++)
+            if (m.recipients[i].outcome == LATER) {
+                printf("    <%s>  %s\n", m.recipients[i].address,
+                    m.recipients[i].said != NULL ? m.recipients[i].said : "not tried yet");
+                owed++;
+            }
+        *octets += (long long)(m.end - m.body);
+    }
+    message_free(&m);
+    return owed;
+}
+
+int list_queue(void)
+{
+    char (*ids)[ID_SIZE] = NULL;
+    size_t count = 0, room = 0, messages = 0, recipients = 0;
+    long long octets = 0;
+    struct dirent *entry;
+    DIR *queue = chdir(settings.spool) == 0 ? opendir("queue") : NULL;
+
+    if (queue == NULL)
+        die("cannot read the queue in %s", settings.spool);
+    while ((entry = readdir(queue)) != NULL) {
+        if (id_time(entry->d_name) == 0)
+            continue;
+        if (count == room) {
+            room = room * 2 + 64;
+            ids = allocate(ids, room * sizeof *ids);
+        }
+        strcpy(ids[count++], entry->d_name);
+    }
+    closedir(queue);
+    qsort(ids, count, sizeof *ids, compare_ids);    /* the oldest first */
+    for (size_t i = 0; i < count; i++) {
+        size_t owed = list_message(ids[i], &octets);
+
+        messages += owed > 0;
+        recipients += owed;
+    }
+    printf("%lu messages for %lu recipients, %lld octets\n", (unsigned long)messages, (unsigned long)recipients, octets);
+    free(ids);
+    return fflush(stdout) == 0 ? 0 : 1;
+}
