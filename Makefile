@@ -1,0 +1,28 @@
+.POSIX:
+# cc -o smtp smtp.c dns.c forward.c does the same.
+
+CC = cc
+CFLAGS = -O2
+LDFLAGS =
+OBJECTS = smtp.o dns.o forward.o
+
+smtp: $(OBJECTS)
+	$(CC) $(LDFLAGS) -o smtp $(OBJECTS)
+
+$(OBJECTS): smtp.h
+
+test: smtp
+	sh tests/run
+
+demo: smtp
+	python3 tests/demo.py
+
+# The real thing, for mail from this machine to the world, without root.
+run: smtp
+	@echo 'In another terminal: telnet localhost 2525'
+	@echo 'and type: HELO me.com, MAIL FROM:<you@...>, RCPT TO:<friend@...>, DATA,'
+	@echo 'a message, a line with a dot, QUIT.  Ctrl-C here ends it.'
+	./smtp -v -p 2525 -q $${TMPDIR:-/tmp}/smtp-spool-`id -u` localhost
+
+clean:
+	rm -f smtp $(OBJECTS)

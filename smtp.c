@@ -1,0 +1,1839 @@
+/*
+ * smtp.c - the server: takes mail from clients it trusts (RFC 5321).
+ *
+ * One process watches the listening sockets, all clients and the pipes of its
+ * children with pselect(), and waits for nothing else.  What may take time runs
+ * in a child: at the final dot of each message the server forks, and the child
+ * stores and forwards it (forward.c).
+ *
+ * Handlers never close or free a session.  They set its phase; the loop reaps.
+ *
+ * Contents, to be read from the end:
+ *   The log            logmsg() and die()
+ *   Lines              what a line is
+ *   Sessions           what is known of a client
+ *   Replies            what it is told
+ *   Children           every fork, and who is still running
+ *   Forwarding         which due message gets a forwarder next
+ *   Addresses          the grammar of RFC 5321 4.1.2
+ *   Commands           the dialogue
+ *   The message        from 354 to the final dot
+ *   Access             who may relay
+ *   The loop           fill, wait, serve, reap
+ *   Start              options, listening, privileges, main()
+ */
+#include "smtp.h"
+
+#include <arpa/inet.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <limits.h>
+#include <netdb.h>
+#include <pwd.h>
+#include <signal.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <strings.h>
+#include <sys/select.h>
+#include <sys/stat.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+enum {
+    /* 512 octets (RFC 5321 4.5.3.1.4), and what SIZE and BODY add (RFC 1870 3, RFC 6152 2) */
+    COMMAND_LIMIT = 512 + 26 + 17,
+    INPUT_SIZE = 65536,     /* what one read takes */
+    OUTPUT_LIMIT = 8192,    /* no further command is answered before so many octets are gone */
+    LINE_HEAD = 16,         /* the first octets of a line, which tell what it is */
+    LOOP_LIMIT = 100,       /* Received: lines (RFC 5321 6.3) */
+    LINGER = 2000,          /* ms for a client to take its last reply */
+    REST = 1000,            /* ms without accepting when something has run out */
+    LISTENERS = 16,
+    RESERVE = LISTENERS + 16,   /* descriptors that are no client's */
+    WAITING_LIMIT = 1024,   /* ids that wait in memory for a forwarder */
+    FAILING_LANES = 64,     /* places known not to answer */
+    FAILING_WAITING = 8     /* ids that may wait for one of them */
+};
+
+struct settings settings = {
+    .spool = "/var/spool/smtp",
+    .mx_port = 25,
+    .max_size = 50 * 1024 * 1024,
+    .idle = 300,            /* RFC 5321 4.5.3.2.7 */
+    .retry = 300,
+    .expire = 5 * 24 * 3600,    /* RFC 5321 4.5.4.1 */
+    .forwarders = 50
+};
+
+/* ==== The log ============================================================ */
+
+static void write_log(const char *prefix, int error, const char *format, va_list arguments)
+{
+    char line[2048];
+    size_t used = (size_t)snprintf(line, sizeof line, "%s", prefix);
+    int n = vsnprintf(line + used, sizeof line - used - 1, format, arguments);
+
+    used += n < 0 ? 0 : (size_t)n;
+    if (used < sizeof line - 1 && error != 0)
+        used += (size_t)snprintf(line + used, sizeof line - used, ": %s", strerror(error));
+    if (used > sizeof line - 1)
+        used = sizeof line - 1;     /* snprintf() returns what it would have written */
+    for (size_t i = 0; i < used; i++)
+        if (line[i] < ' ' || line[i] > '~')
+            line[i] = '?';
+    line[used++] = '\n';
+    if (write(STDERR_FILENO, line, used) < 0)
+        return;                     /* nowhere to say it */
+}
+
+void logmsg(const char *format, ...)
+{
+    va_list arguments;
+
+    va_start(arguments, format);
+    write_log("", 0, format, arguments);
+    va_end(arguments);
+}
+
+void die(const char *format, ...)
+{
+    int error = errno;
+    va_list arguments;
+
+    va_start(arguments, format);
+    write_log("smtp: ", error, format, arguments);
+    va_end(arguments);
+    exit(1);
+}
+
+/* ==== Lines ============================================================== */
+
+struct line next_line(const char *bytes, size_t size, bool lf)
+{
+    struct line line = { size, 0, false };
+    const char *end = size > 0 ? memchr(bytes, '\n', size) : NULL;
+
+    while (end != NULL && !lf && (end == bytes || end[-1] != '\r')) {
+        line.bare = true;
+        end = memchr(end + 1, '\n', size - (size_t)(end + 1 - bytes));
+    }
+    if (end != NULL) {
+        line.used = (size_t)(end + 1 - bytes);
+        line.length = line.used - 1;
+    }
+    if (line.length > 0 && bytes[line.length - 1] == '\r')
+        line.length--;
+    if (line.length > 0 && memchr(bytes, '\r', line.length) != NULL)
+        line.bare = true;
+    return line;
+}
+
+/* ==== Sessions =========================================================== */
+
+/* What is true in each phase. */
+enum phase {
+    CONNECTED,      /* 220 is sent; no HELO yet */
+    READY,          /* HELO is given; no transaction */
+    MAILED,         /* the reverse-path is in the draft */
+    ADDRESSED,      /* at least one forward-path is, too */
+    DATA,           /* 354 is sent; lines go to the draft */
+    STORING,        /* the final dot has come; a child's reply is awaited, nothing is read */
+    CLOSING,        /* the last reply is given; what still comes is thrown away */
+    GONE            /* nothing is left to say or to hear: the loop reaps it */
+};
+
+/* A piece of memory that exists only while it holds something. */
+struct buffer {
+    char *bytes;
+    size_t size;
+};
+
+/* What RSET forgets. */
+struct transaction {
+    struct draft draft;
+    uint32_t lane;          /* the first recipient's */
+    unsigned recipients;
+    unsigned received;      /* Received: lines in the header */
+    bool in_header;
+    bool in_line;           /* a line has begun in an earlier piece */
+    unsigned long long size;    /* octets, as RFC 1870 counts them */
+    const char *refusal;    /* what the final dot will be answered, if not 250 */
+};
+
+struct session {
+    int fd;                 /* the client */
+    int pipe;               /* in STORING: where the child's reply comes from */
+    enum phase phase;
+    unsigned port;          /* the client's */
+    bool spoken;            /* its first line has come */
+    bool lf;                /* that line ended in a bare LF: so do all */
+    bool skipping;          /* inside a command line that is too long */
+    bool extended;          /* EHLO, not HELO */
+    int64_t deadline;       /* by clock_ms(): it has to say something before */
+    union address peer;
+    char *helo;             /* NULL before HELO */
+    struct transaction *tx; /* NULL outside a transaction */
+    struct buffer in;       /* received, not yet consumed */
+    struct buffer out;      /* said, not yet sent */
+};
+
+static struct session *sessions[FD_SETSIZE];
+static size_t session_count, session_limit;
+static bool divided;        /* this process only serves the sessions it was born with */
+
+/* Puts `size` octets in place of what the buffer holds.  `bytes` may be a part
+ * of it.  False: no memory. */
+static bool buffer_set(struct buffer *b, const char *bytes, size_t size)
+{
+    char *copy = NULL;
+
+    if (size > 0) {
+        copy = malloc(size);
+        if (copy == NULL)
+            return false;
+        memcpy(copy, bytes, size);
+    }
+    free(b->bytes);
+    b->bytes = copy;
+    b->size = size;
+    return true;
+}
+
+static bool buffer_add(struct buffer *b, const char *bytes, size_t size)
+{
+    char *more = realloc(b->bytes, b->size + size);
+
+    if (more == NULL)
+        return false;
+    memcpy(more + b->size, bytes, size);
+    b->bytes = more;
+    b->size += size;
+    return true;
+}
+
+/* Back to where a transaction may begin; what was begun is removed. */
+static void reset(struct session *s)
+{
+    if (s->tx != NULL) {
+        draft_drop(&s->tx->draft);
+        free(s->tx);
+        s->tx = NULL;
+    }
+    s->phase = s->helo != NULL ? READY : CONNECTED;
+}
+
+static void extend_deadline(struct session *s)
+{
+    s->deadline = clock_ms() + settings.idle * 1000;
+}
+
+/* ==== Replies ============================================================ */
+
+/* Logs one or several lines, as RFC 5321's examples write them. */
+static void log_dialogue(const struct session *s, const char *who, const char *text)
+{
+    char address[ADDRESS_TEXT];
+
+    address_text(&s->peer, address);
+    for (; *text != '\0'; text += strcspn(text, "\r\n"), text += strspn(text, "\r\n"))
+        logmsg("%s:%u %s: %.*s", address, s->port, who, (int)strcspn(text, "\r\n"), text);
+}
+
+/* Sends as much as the client takes now. */
+static void flush(struct session *s)
+{
+    ssize_t n;
+
+    if (s->out.size == 0 || s->phase == GONE)
+        return;
+    n = write(s->fd, s->out.bytes, s->out.size);
+    if (n < 0 && (errno == EAGAIN || errno == EINTR))
+        return;
+    if (n < 0 || !buffer_set(&s->out, s->out.bytes + n, s->out.size - (size_t)n))
+        s->phase = GONE;
+    else if (s->phase == CLOSING && s->out.size == 0)
+        shutdown(s->fd, SHUT_WR);
+}
+
+/* The one way to tell a client something.  `format` is the reply to the letter,
+ * without its last line end. */
+static void reply(struct session *s, const char *format, ...)
+{
+    char text[1024];
+    va_list arguments;
+
+    va_start(arguments, format);
+    vsnprintf(text, sizeof text, format, arguments);
+    va_end(arguments);
+    if (settings.verbose)
+        log_dialogue(s, "S", text);
+    else if (text[0] >= '4')
+        log_dialogue(s, "refused", text);
+    if (!buffer_add(&s->out, text, strlen(text)) || !buffer_add(&s->out, "\r\n", 2))
+        s->phase = GONE;
+}
+
+/* After the last reply: the client has a moment to take it.  Closing at once,
+ * with commands of its still unread, would make TCP throw the reply away. */
+static void start_closing(struct session *s)
+{
+    reset(s);
+    s->phase = CLOSING;
+    s->deadline = clock_ms() + LINGER;
+    flush(s);
+}
+
+/* ==== Children =========================================================== */
+
+enum role {
+    STORES,         /* a message was handed over; no slot */
+    FORWARDS,       /* holds one of the -j slots */
+    FINDS,          /* the queue runner */
+    SERVES          /* took over a full table of sessions */
+};
+
+struct child {
+    pid_t pid;
+    enum role role;
+    uint32_t lane;
+};
+
+static struct child *children;
+static size_t child_count;
+static int due_pipe[2];     /* [0]: ids that are due come in; [1]: the writers' end */
+static int spool_lock;
+static int listeners[LISTENERS];
+static size_t listener_count;
+static int64_t rest_until;  /* nothing is accepted before: something has run out */
+static int64_t runner_from; /* no queue runner is started before */
+
+static void close_fd(int *fd)
+{
+    if (*fd >= 0)
+        close(*fd);
+    *fd = -1;
+}
+
+/* Forgets all clients: closes what this process has of them and leaves the
+ * drafts alone. */
+static void forget_sessions(void)
+{
+    while (session_count > 0) {
+        struct session *s = sessions[--session_count];
+
+        close_fd(&s->fd);
+        close_fd(&s->pipe);
+        if (s->tx != NULL)
+            draft_forget(&s->tx->draft);
+        free(s->tx);
+        free(s->helo);
+        free(s->in.bytes);
+        free(s->out.bytes);
+        free(s);
+    }
+}
+
+/* A child must keep no socket of the server's: a client whose server has hung
+ * up would hear nothing of it until the slowest forwarder is done.  The due
+ * pipe's read end, too: writing to a pipe that only has writers waits for ever. */
+static void forget_all(void)
+{
+    forget_sessions();
+    while (listener_count > 0)
+        close_fd(&listeners[--listener_count]);
+    close_fd(&due_pipe[0]);
+    close_fd(&spool_lock);
+    child_count = 0;
+}
+
+/* Gives signals their common meaning again, for a child. */
+static void default_signals(void)
+{
+    static const int caught[] = { SIGTERM, SIGINT, SIGCHLD };
+    sigset_t none;
+
+    for (size_t i = 0; i < sizeof caught / sizeof caught[0]; i++)
+        signal(caught[i], SIG_DFL);
+    signal(SIGHUP, SIG_IGN);        /* meant for the server; the runner takes it up again, and SIGUSR1 */
+    signal(SIGUSR1, SIG_IGN);
+    sigemptyset(&none);
+    sigprocmask(SIG_SETMASK, &none, NULL);
+}
+
+/* fork(), and the child entered in the books.  -1 when the machine has no
+ * process left: then accepting rests a while, too. */
+static pid_t spawn(enum role role, uint32_t lane)
+{
+    struct child *room = realloc(children, (child_count + 1) * sizeof *children);
+    pid_t pid;
+
+    if (room == NULL)
+        return -1;
+    children = room;
+    pid = fork();
+    if (pid < 0) {
+        logmsg("fork failed (%s): resting for a second", strerror(errno));
+        rest_until = clock_ms() + REST;
+    } else if (pid > 0) {
+        struct child child = { pid, role, lane };
+        children[child_count++] = child;
+    }
+    return pid;
+}
+
+static pid_t find_child(enum role role)
+{
+    for (size_t i = 0; i < child_count; i++)
+        if (children[i].role == role)
+            return children[i].pid;
+    return -1;
+}
+
+/* ==== Forwarding ========================================================= */
+
+/*
+ * A message that needs a forwarder and has none waits here, or only in queue/,
+ * where the runner finds it again.  Three rules keep one place that does not
+ * answer from holding up the others: a quarter of the slots is for fresh mail;
+ * no lane has more than half of the slots; and a lane in which nobody was
+ * reachable has one slot, and few that wait, until somebody is.
+ */
+struct due {
+    char id[ID_SIZE];
+    uint32_t lane;
+};
+
+static struct due waiting[WAITING_LIMIT];
+static size_t waiting_count;
+static bool overflowed;     /* more are in queue/ than could wait here */
+static uint32_t failing[FAILING_LANES];
+static size_t failing_count;
+
+static bool is_failing(uint32_t lane)
+{
+    for (size_t i = 0; i < failing_count; i++)
+        if (failing[i] == lane)
+            return true;
+    return false;
+}
+
+/* May one more forwarder start in this lane? */
+static bool slot_free(uint32_t lane, bool fresh)
+{
+    long busy = 0, same = 0, reserved = fresh ? 0 : settings.forwarders / 4;
+    long share = lane == 0 ? settings.forwarders : (settings.forwarders + 1) / 2;
+
+    for (size_t i = 0; i < child_count; i++)
+        if (children[i].role == FORWARDS) {
+            busy++;
+            same += children[i].lane == lane;
+        }
+    return !divided && busy < settings.forwarders - reserved && same < (is_failing(lane) ? 1 : share);
+}
+
+/* Lets an id wait.  One that does not fit is found again by the runner. */
+static void add_waiting(const char *id, uint32_t lane)
+{
+    size_t same = 0;
+
+    for (size_t i = 0; i < waiting_count; i++) {
+        if (strcmp(waiting[i].id, id) == 0)
+            return;
+        same += waiting[i].lane == lane;
+    }
+    overflowed = overflowed || waiting_count == WAITING_LIMIT;
+    if (waiting_count == WAITING_LIMIT || (same >= FAILING_WAITING && is_failing(lane)))
+        return;
+    strcpy(waiting[waiting_count].id, id);
+    waiting[waiting_count++].lane = lane;
+}
+
+/* Remembers whether a lane's last forwarder reached anybody. */
+static void judge_lane(uint32_t lane, bool reached)
+{
+    size_t i = 0, waiting_before = waiting_count;
+
+    while (i < failing_count && failing[i] != lane)
+        i++;
+    if (reached) {
+        if (i < failing_count)
+            failing[i] = failing[--failing_count];
+    } else if (i == failing_count) {
+        if (failing_count == FAILING_LANES)     /* the oldest has to prove it again */
+            memmove(failing, failing + 1, --failing_count * sizeof failing[0]);
+        failing[failing_count++] = lane;
+        for (i = waiting_count = 0; i < waiting_before; i++)
+            add_waiting(waiting[i].id, waiting[i].lane);    /* the same list, fewer of this lane */
+    }
+}
+
+/* Starts forwarders for those that wait, in their order, while slots are free. */
+static void forward_waiting(void)
+{
+    size_t left = 0;
+
+    for (size_t i = 0; i < waiting_count; i++) {
+        pid_t pid = -1;
+
+        if (clock_ms() >= rest_until && slot_free(waiting[i].lane, false))
+            pid = spawn(FORWARDS, waiting[i].lane);
+        if (pid == 0) {
+            forget_all();
+            close_fd(&due_pipe[1]);
+            default_signals();
+            forward_due(waiting[i].id);
+        }
+        if (pid < 0)
+            waiting[left++] = waiting[i];
+    }
+    waiting_count = left;
+    if (overflowed && left == 0) {
+        overflowed = false;
+        if (find_child(FINDS) > 0)
+            kill(find_child(FINDS), SIGUSR1);       /* look again, there may be more */
+    }
+}
+
+/* Reads what has come through the due pipe. */
+static void take_due(void)
+{
+    static char lines[64 * DUE_SIZE];
+    static size_t size;
+    char *at = lines, *end;
+    ssize_t n = read(due_pipe[0], lines + size, sizeof lines - size);
+
+    if (n <= 0)
+        return;
+    size += (size_t)n;
+    for (; (end = memchr(at, '\n', size - (size_t)(at - lines))) != NULL; at = end + 1) {
+        char id[ID_SIZE];
+        unsigned long lane;
+
+        *end = '\0';
+        if (sscanf(at, "%47s %lx", id, &lane) == 2)
+            add_waiting(id, (uint32_t)lane);
+    }
+    size -= (size_t)(at - lines);
+    memmove(lines, at, size);
+}
+
+/* ==== Addresses ========================================================== */
+
+/*
+ * Each skip function takes the place where its part of the grammar should
+ * begin and returns the place behind it, or NULL if it is not there.  The
+ * character classes are ASCII's, whatever the locale says.
+ */
+
+static bool is_let_dig(char c)
+{
+    return (c >= '0' && c <= '9') || (c >= 'A' && c <= 'Z') || (c >= 'a' && c <= 'z');
+}
+
+static bool is_atext(char c)        /* RFC 5322 3.2.3 */
+{
+    return is_let_dig(c) || (c != '\0' && strchr("!#$%&'*+-/=?^_`{|}~", c) != NULL);
+}
+
+static const char *skip_domain(const char *p)
+{
+    const char *start = p, *label;
+
+    do {
+        for (label = p; is_let_dig(*p) || *p == '-'; p++)
+            ;
+        if (p == label || *label == '-' || p[-1] == '-' || p - label > 63)
+            return NULL;
+    } while (*p == '.' && p++ != NULL);
+    return p - start <= DOMAIN_LIMIT ? p : NULL;
+}
+
+static const char *skip_literal(const char *p)      /* RFC 5321 4.1.3 */
+{
+    char text[ADDRESS_TEXT];
+    union address a;
+    const char *close = *p == '[' ? strchr(p, ']') : NULL;
+    bool ipv6 = close != NULL && strncasecmp(p + 1, "IPv6:", 5) == 0;
+    size_t length;
+
+    if (close == NULL)
+        return NULL;
+    p += ipv6 ? 6 : 1;
+    length = (size_t)(close - p);
+    if (length >= sizeof text)
+        return NULL;
+    memcpy(text, p, length);
+    text[length] = '\0';
+    if (!address_parse(text, 0, &a) || (a.sa.sa_family == AF_INET6) != ipv6)
+        return NULL;
+    return close + 1;
+}
+
+static const char *skip_local_part(const char *p)
+{
+    const char *start = p;
+
+    if (*p == '"') {                /* Quoted-string: any printable character or space */
+        for (p++; *p != '"'; p++) {
+            if (*p == '\\')
+                p++;
+            if (*p < ' ' || *p > '~')
+                return NULL;
+        }
+        p++;
+    } else {                        /* Dot-string */
+        do {
+            if (!is_atext(*p))
+                return NULL;
+            while (is_atext(*p))
+                p++;
+        } while (*p == '.' && p++ != NULL);
+    }
+    return p - start <= LOCAL_LIMIT ? p : NULL;
+}
+
+static const char *skip_mailbox(const char *p)
+{
+    p = skip_local_part(p);
+    if (p == NULL || *p != '@')
+        return NULL;
+    return p[1] == '[' ? skip_literal(p + 1) : skip_domain(p + 1);
+}
+
+/* Reads a path, < and > included, and copies its mailbox.  A source route is
+ * read and left out (RFC 5321 appendix C). */
+static const char *take_path(const char *p, char mailbox[PATH_LIMIT])
+{
+    const char *start = p, *begin;
+
+    if (*p++ != '<')
+        return NULL;
+    if (*p == '@') {
+        do
+            p = skip_domain(p + 1);
+        while (p != NULL && *p == ',' && *++p == '@');
+        if (p == NULL || *p++ != ':')
+            return NULL;
+    }
+    begin = p;
+    p = skip_mailbox(p);
+    if (p == NULL || *p != '>' || p + 1 - start > PATH_LIMIT)
+        return NULL;
+    memcpy(mailbox, begin, (size_t)(p - begin));
+    mailbox[p - begin] = '\0';
+    return p + 1;
+}
+
+/* ==== Commands =========================================================== */
+
+/* One word of printable characters. */
+static bool is_word(const char *text)
+{
+    return *text != '\0' && strlen(text) <= DOMAIN_LIMIT && strchr(text, ' ') == NULL;
+}
+
+/* HELO and EHLO say who is there, and reset (RFC 5321 4.1.4). */
+static bool greet(struct session *s, const char *name)
+{
+    char *copy = malloc(strlen(name) + 1);
+
+    if (copy == NULL) {
+        reply(s, "451 4.3.0 Error: out of memory, try again later");
+        return false;
+    }
+    strcpy(copy, name);
+    free(s->helo);
+    s->helo = copy;
+    reset(s);
+    return true;
+}
+
+static void do_helo(struct session *s, const char *argument)
+{
+    if (!is_word(argument)) {
+        reply(s, "501 Syntax: HELO hostname");
+    } else if (greet(s, argument)) {
+        s->extended = false;
+        reply(s, "250 %u OK", s->port);
+    }
+}
+
+static void do_ehlo(struct session *s, const char *argument)
+{
+    if (!is_word(argument)) {
+        reply(s, "501 Syntax: EHLO hostname");
+    } else if (greet(s, argument)) {
+        s->extended = true;
+        reply(s, "250-%s greets %u\r\n250-PIPELINING\r\n250-SIZE %llu\r\n250-8BITMIME\r\n250 ENHANCEDSTATUSCODES",
+            settings.hostname, s->port, settings.max_size);
+    }
+}
+
+/* Appends a line to the draft.  False: that failed, which the client has been
+ * told, and the transaction is over. */
+static bool record(struct session *s, const char *format, ...)
+{
+    char line[1024];
+    va_list arguments;
+
+    va_start(arguments, format);
+    vsnprintf(line, sizeof line, format, arguments);
+    va_end(arguments);
+    draft_add(&s->tx->draft, line, strlen(line));
+    if (s->tx->draft.error == 0)
+        return true;
+    reply(s, "%s", draft_refusal(s->tx->draft.error));
+    reset(s);
+    return false;
+}
+
+/* Takes the next " keyword=value" from `p`; both point into `text` then.
+ * Returns the place behind it, or NULL when that is not what stands there. */
+static const char *take_parameter(const char *p, char text[COMMAND_LIMIT], char **value)
+{
+    size_t length;
+
+    while (*p == ' ')
+        p++;
+    length = strcspn(p, " ");
+    memcpy(text, p, length);
+    text[length] = '\0';
+    *value = strchr(text, '=');
+    if (*value != NULL)
+        *(*value)++ = '\0';
+    return is_let_dig(text[0]) ? p + length : NULL;
+}
+
+enum { SYNTAX = -1, UNKNOWN = -2, TOO_BIG = -3 };
+
+/* MAIL's parameters: SIZE (RFC 1870) and BODY (RFC 6152), each once.  Returns 1
+ * for BODY=8BITMIME, 0 for none, or one of the above. */
+static int read_mail_parameters(const char *p)
+{
+    char text[COMMAND_LIMIT], *value;
+    bool sized = false, bodied = false, eight_bit = false;
+
+    while (*p != '\0') {
+        if (*p != ' ' || (p = take_parameter(p, text, &value)) == NULL)
+            return SYNTAX;
+        if (strcasecmp(text, "SIZE") == 0) {
+            if (sized || value == NULL || *value == '\0' || strspn(value, "0123456789") != strlen(value)
+                || strlen(value) > 20)
+                return SYNTAX;
+            sized = true;
+            if (settings.max_size > 0 && strtoull(value, NULL, 10) > settings.max_size)
+                return TOO_BIG;
+        } else if (strcasecmp(text, "BODY") == 0) {
+            if (bodied || value == NULL || (strcasecmp(value, "7BIT") != 0 && strcasecmp(value, "8BITMIME") != 0))
+                return SYNTAX;
+            bodied = true;
+            eight_bit = value[0] == '8';
+        } else {
+            return UNKNOWN;
+        }
+    }
+    return eight_bit;
+}
+
+static void do_mail(struct session *s, const char *argument)
+{
+    char mailbox[PATH_LIMIT] = "";
+    const char *rest = NULL;
+    int body;
+
+    if (strncasecmp(argument, "FROM:", 5) == 0)
+        rest = strncmp(argument + 5, "<>", 2) == 0 ? argument + 7 : take_path(argument + 5, mailbox);
+    body = rest == NULL ? SYNTAX : read_mail_parameters(rest);
+    if (body == SYNTAX) {
+        reply(s, "501 5.5.4 Syntax: MAIL FROM:<address>");
+        return;
+    }
+    if (body == UNKNOWN) {
+        reply(s, "555 5.5.4 Error: MAIL takes no parameter but SIZE and BODY");
+        return;
+    }
+    if (body == TOO_BIG) {
+        reply(s, "552 5.3.4 Error: a message may have %llu octets here", settings.max_size);
+        return;
+    }
+    s->tx = calloc(1, sizeof *s->tx);
+    if (s->tx == NULL || !draft_open(&s->tx->draft, s->port)) {
+        reply(s, "%s", draft_refusal(s->tx == NULL ? ENOMEM : s->tx->draft.error));
+        free(s->tx);
+        s->tx = NULL;
+        return;
+    }
+    if (record(s, "%s %s\r\nMAIL FROM:<%s>%s\r\n", s->extended ? "EHLO" : "HELO", s->helo, mailbox,
+            body ? " BODY=8BITMIME" : "")) {
+        s->phase = MAILED;
+        reply(s, "250 2.1.0 Ok");
+    }
+}
+
+static void do_rcpt(struct session *s, const char *argument)
+{
+    char mailbox[PATH_LIMIT];
+    const char *rest = NULL;
+
+    if (strncasecmp(argument, "TO:", 3) == 0) {
+        argument += 3;
+        if (strncasecmp(argument, "<Postmaster>", 12) == 0) {   /* RFC 5321 4.5.1 */
+            rest = argument + 12;
+            snprintf(mailbox, sizeof mailbox, "%s", settings.postmaster);
+        } else {
+            rest = take_path(argument, mailbox);
+        }
+    }
+    if (rest == NULL || (*rest != '\0' && *rest != ' ')) {
+        reply(s, "501 5.5.4 Syntax: RCPT TO:<address>");
+    } else if (*rest != '\0') {
+        reply(s, "555 5.5.4 Error: RCPT takes no parameters");
+    } else if (s->tx->recipients >= RECIPIENT_LIMIT) {
+        reply(s, "452 4.5.3 Error: %d recipients are enough, send to the rest in another transaction",
+            RECIPIENT_LIMIT);
+    } else if (record(s, "RCPT TO:<%s>\r\n", mailbox)) {
+        if (s->tx->recipients++ == 0)
+            s->tx->lane = lane_of(strrchr(mailbox, '@') + 1);
+        s->phase = ADDRESSED;
+        reply(s, "250 2.1.5 Ok");
+    }
+}
+
+/* The trace of RFC 5321 4.4.  What the client calls itself is only a word: all
+ * that could end the clause or begin a comment is left out of it. */
+static void do_data(struct session *s, const char *argument)
+{
+    char name[DOMAIN_LIMIT + 1], date[64], address[ADDRESS_TEXT];
+    time_t now = time(NULL);
+    struct tm utc;
+    size_t i;
+
+    if (*argument != '\0') {
+        reply(s, "501 5.5.4 Syntax: DATA");
+        return;
+    }
+    for (i = 0; s->helo[i] != '\0'; i++)
+        name[i] = is_let_dig(s->helo[i]) || strchr(".-_:[]", s->helo[i]) != NULL ? s->helo[i] : '?';
+    name[i] = '\0';
+    strftime(date, sizeof date, "%a, %d %b %Y %H:%M:%S +0000", gmtime_r(&now, &utc));
+    if (!record(s, "DATA\r\nReceived: from %s ([%s%s]:%u)\r\n\tby %s with %s id %s;\r\n\t%s\r\n", name,
+            s->peer.sa.sa_family == AF_INET6 ? "IPv6:" : "", address_text(&s->peer, address), s->port,
+            settings.hostname, s->extended ? "ESMTP" : "SMTP", s->tx->draft.id, date))
+        return;
+    s->tx->in_header = true;
+    s->phase = DATA;
+    reply(s, "354 End data with <CR><LF>.<CR><LF>");
+}
+
+static void do_rset(struct session *s, const char *argument)
+{
+    if (*argument != '\0') {
+        reply(s, "501 5.5.4 Syntax: RSET");
+        return;
+    }
+    reset(s);
+    reply(s, "250 2.0.0 Ok");
+}
+
+static void do_noop(struct session *s, const char *argument)
+{
+    (void)argument;         /* RFC 5321 4.1.1.9: a parameter is ignored */
+    reply(s, "250 2.0.0 Ok");
+}
+
+/* A user's name or a mailbox; who is behind it is not said (RFC 5321 7.3). */
+static void do_vrfy(struct session *s, const char *argument)
+{
+    char mailbox[PATH_LIMIT];
+    const char *end = *argument == '<' ? take_path(argument, mailbox) : skip_mailbox(argument);
+
+    if (end == NULL)
+        end = skip_local_part(argument);
+    if (end == NULL || *end != '\0')
+        reply(s, "501 5.5.4 Syntax: VRFY address");
+    else
+        reply(s, "252 2.0.0 Cannot verify an address here, but will take mail for it and try to deliver");
+}
+
+static void do_help(struct session *s, const char *argument)
+{
+    (void)argument;
+    reply(s, "214 2.0.0 HELO EHLO MAIL RCPT DATA RSET NOOP VRFY QUIT: see RFC 5321");
+}
+
+static void do_quit(struct session *s, const char *argument)
+{
+    if (*argument != '\0') {
+        reply(s, "501 5.5.4 Syntax: QUIT");
+        return;
+    }
+    reply(s, "221 2.0.0 OK");
+    start_closing(s);
+}
+
+static void do_not_implemented(struct session *s, const char *argument)
+{
+    (void)argument;
+    reply(s, "502 5.5.1 Error: command not implemented");
+}
+
+static void do_unknown(struct session *s, const char *argument)
+{
+    (void)argument;
+    reply(s, "500 5.5.2 Error: command not recognized");
+}
+
+#define HELO_FIRST  "503 5.5.1 Error: send HELO/EHLO first"
+#define NEED_MAIL   "503 5.5.1 Error: need MAIL command"
+#define NEED_RCPT   "503 5.5.1 Error: need RCPT command"
+#define NESTED_MAIL "503 5.5.1 Error: nested MAIL command"
+
+/* The commands, and what each is answered where it is out of order. */
+static const struct command {
+    const char *verb;
+    void (*handle)(struct session *, const char *argument);
+    const char *out_of_order[ADDRESSED + 1];    /* CONNECTED, READY, MAILED, ADDRESSED */
+} commands[] = {
+    { "HELO", do_helo, { NULL } },
+    { "EHLO", do_ehlo, { NULL } },
+    { "MAIL", do_mail, { HELO_FIRST, NULL, NESTED_MAIL, NESTED_MAIL } },
+    { "RCPT", do_rcpt, { HELO_FIRST, NEED_MAIL, NULL, NULL } },
+    { "DATA", do_data, { HELO_FIRST, NEED_MAIL, NEED_RCPT, NULL } },
+    { "RSET", do_rset, { NULL } },
+    { "NOOP", do_noop, { NULL } },
+    { "VRFY", do_vrfy, { NULL } },
+    { "HELP", do_help, { NULL } },
+    { "QUIT", do_quit, { NULL } },
+    { "EXPN", do_not_implemented, { NULL } },
+    { "TURN", do_not_implemented, { NULL } },
+    { "SEND", do_not_implemented, { NULL } },
+    { "SOML", do_not_implemented, { NULL } },
+    { "SAML", do_not_implemented, { NULL } },
+    { "ETRN", do_not_implemented, { NULL } },
+    { "AUTH", do_not_implemented, { NULL } },
+    { "STARTTLS", do_not_implemented, { NULL } },
+    { "BDAT", do_not_implemented, { NULL } },
+    { "", do_unknown, { NULL } }        /* the last row fits all else */
+};
+
+static void dispatch(struct session *s, char *line)
+{
+    const struct command *c = commands;
+    size_t verb = strcspn(line, " ");
+    const char *argument = line + verb + strspn(line + verb, " ");
+
+    while (c->verb[0] != '\0' && (strlen(c->verb) != verb || strncasecmp(c->verb, line, verb) != 0))
+        c++;
+    if (c->out_of_order[s->phase] != NULL)
+        reply(s, "%s", c->out_of_order[s->phase]);
+    else
+        c->handle(s, argument);
+}
+
+/* Consumes a command line, if a whole one is there, and answers it. */
+static size_t take_command(struct session *s, const char *bytes, size_t size)
+{
+    char text[COMMAND_LIMIT + 1];
+    const char *lf = memchr(bytes, '\n', size);
+    struct line line;
+
+    if (!s->spoken && lf != NULL) {     /* the very first line: somebody at nc? */
+        s->spoken = true;
+        s->lf = lf == bytes || lf[-1] != '\r';
+    }
+    line = next_line(bytes, size, s->lf);
+    if (line.used == 0) {
+        s->skipping = s->skipping || line.length >= COMMAND_LIMIT;
+        return s->skipping ? line.length : 0;
+    }
+    if (s->skipping || line.used > COMMAND_LIMIT) {
+        s->skipping = false;
+        reply(s, "500 5.5.2 Error: line too long");
+        return line.used;
+    }
+    memcpy(text, bytes, line.length);
+    while (line.length > 0 && (text[line.length - 1] == ' ' || text[line.length - 1] == '\t'))
+        line.length--;                  /* RFC 5321 4.1.1: to be tolerated */
+    text[line.length] = '\0';
+    if (settings.verbose)
+        log_dialogue(s, "C", text);
+    for (size_t i = 0; i < line.length; i++)
+        if (text[i] < ' ' || text[i] > '~') {
+            reply(s, "500 5.5.2 Error: a command is printable ASCII and ends with CRLF");
+            return line.used;
+        }
+    dispatch(s, text);
+    return line.used;
+}
+
+/* ==== The message ======================================================== */
+
+/* From here on the message will be refused; reading goes on to its real end,
+ * and nothing inside it is taken for a command. */
+static void refuse(struct transaction *tx, const char *why)
+{
+    if (tx->refusal == NULL) {
+        tx->refusal = why;
+        draft_drop(&tx->draft);
+    }
+}
+
+static void keep(struct transaction *tx, const char *bytes, size_t size)
+{
+    if (tx->refusal != NULL || size == 0)
+        return;
+    draft_add(&tx->draft, bytes, size);
+    if (tx->draft.error != 0)
+        refuse(tx, draft_refusal(tx->draft.error));
+}
+
+/* Looks at a line of the message, or a piece of a long one. */
+static void inspect(struct transaction *tx, const char *text, const struct line *line)
+{
+    bool first = !tx->in_line;
+
+    tx->size += line->length - (first && text[0] == '.' && line->length > 0) + (line->used > 0 ? 2 : 0);
+    if (settings.max_size > 0 && tx->size > settings.max_size)
+        refuse(tx, "552 5.3.4 Error: message too big");
+    if (line->bare)
+        refuse(tx, "550 5.5.2 Error: bare CR or LF in the message, lines end with CRLF (RFC 5321 2.3.8)");
+    if (tx->in_header && first) {
+        if (line->length == 0)
+            tx->in_header = false;
+        else if (line->length > 9 && strncasecmp(text, "Received:", 9) == 0 && ++tx->received >= LOOP_LIMIT)
+            refuse(tx, "554 5.4.6 Error: mail loop: too many Received lines");
+    }
+    tx->in_line = line->used == 0;
+}
+
+/* The final dot: a child takes the message over. */
+static void end_message(struct session *s)
+{
+    struct transaction *tx = s->tx;
+    int ends[2] = { -1, -1 };
+    bool forward_now = slot_free(tx->lane, true);
+    pid_t pid = -1;
+
+    keep(tx, ".\r\n", 3);
+    if (tx->refusal != NULL) {
+        reply(s, "%s", tx->refusal);
+        reset(s);
+        return;
+    }
+    if (pipe(ends) == 0 && ends[0] < FD_SETSIZE)
+        pid = spawn(forward_now ? FORWARDS : STORES, tx->lane);
+    if (pid == 0) {
+        struct draft draft = tx->draft;     /* the child's own; the session's is forgotten with it */
+
+        tx->draft.fd = -1;
+        forget_all();
+        close(ends[0]);
+        default_signals();
+        hand_over(&draft, ends[1], due_pipe[1], tx->lane, forward_now);
+    }
+    close_fd(&ends[1]);
+    if (pid < 0) {
+        close_fd(&ends[0]);
+        reply(s, "%s", draft_refusal(EAGAIN));
+        reset(s);
+        return;
+    }
+    draft_forget(&tx->draft);
+    s->pipe = ends[0];
+    s->phase = STORING;
+}
+
+/* Consumes what can be consumed of the message.  The draft keeps it as it has
+ * to go out: CRLF at every line's end, and a dot before every line that begins
+ * with one (RFC 5321 4.5.2).  That is how it comes in, as a rule, and then the
+ * octets go from the socket to the file as they are, many lines at a time. */
+static size_t take_message(struct session *s, const char *bytes, size_t size)
+{
+    struct transaction *tx = s->tx;
+    size_t used = 0, kept = 0;
+
+    while (used < size) {
+        const char *text = bytes + used;
+        struct line line = next_line(text, size - used, s->lf);
+        bool first = !tx->in_line;
+
+        if (line.used == 0 && line.length < (first ? LINE_HEAD : 1))
+            break;                      /* too little to tell what it will be */
+        if (first && line.used > 0 && line.length == 1 && text[0] == '.') {
+            keep(tx, bytes + kept, used - kept);
+            end_message(s);
+            return used + line.used;
+        }
+        inspect(tx, text, &line);
+        if (first && text[0] == '.' && line.length > 1 && text[1] != '.') {
+            keep(tx, bytes + kept, used - kept);    /* a dot that hides nothing is not sent on */
+            kept = used + 1;
+        }
+        if (s->lf && line.used > 0) {
+            keep(tx, bytes + kept, used + line.length - kept);
+            keep(tx, "\r\n", 2);
+            kept = used + line.used;
+        }
+        used += line.used > 0 ? line.used : line.length;
+    }
+    keep(tx, bytes + kept, used - kept);
+    return used;
+}
+
+/* The child that stores the message has said how that went, or has died. */
+static void take_result(struct session *s)
+{
+    char line[REPLY_SIZE];
+    ssize_t n = read(s->pipe, line, sizeof line - 1);
+
+    if (n < 0 && errno == EINTR)
+        return;
+    line[n > 0 ? n : 0] = '\0';
+    line[strcspn(line, "\r\n")] = '\0';
+    close_fd(&s->pipe);
+    reset(s);
+    extend_deadline(s);
+    reply(s, "%s", line[0] != '\0' ? line : draft_refusal(EIO));
+}
+
+/* ==== Access ============================================================= */
+
+static bool in_network(const union address *a, const struct network *n)
+{
+    const unsigned char *x = (const unsigned char *)&a->in.sin_addr, *y = (const unsigned char *)&n->base.in.sin_addr;
+    unsigned whole = n->bits / 8, rest = n->bits % 8;
+
+    if (a->sa.sa_family != n->base.sa.sa_family)
+        return false;
+    if (a->sa.sa_family == AF_INET6) {
+        x = a->in6.sin6_addr.s6_addr;
+        y = n->base.in6.sin6_addr.s6_addr;
+    }
+    return memcmp(x, y, whole) == 0 && (rest == 0 || (x[whole] ^ y[whole]) >> (8 - rest) == 0);
+}
+
+/* An IPv4 client of an IPv6 socket is an IPv4 client. */
+static void unmap(union address *a)
+{
+    union address plain;
+
+    if (a->sa.sa_family != AF_INET6 || !IN6_IS_ADDR_V4MAPPED(&a->in6.sin6_addr))
+        return;
+    memset(&plain, 0, sizeof plain);
+    plain.in.sin_family = AF_INET;
+    plain.in.sin_port = a->in6.sin6_port;
+    memcpy(&plain.in.sin_addr, a->in6.sin6_addr.s6_addr + 12, 4);
+    *a = plain;
+}
+
+static bool is_allowed(const union address *peer)
+{
+    for (size_t i = 0; i < settings.allowed_count; i++)
+        if (in_network(peer, &settings.allowed[i]))
+            return true;
+    return false;
+}
+
+/* ==== The loop =========================================================== */
+
+static volatile sig_atomic_t got_child, got_hangup, got_term;
+
+static void on_signal(int number)
+{
+    if (number == SIGCHLD)
+        got_child = 1;
+    else if (number == SIGHUP)
+        got_hangup = 1;
+    else
+        got_term = 1;
+}
+
+/* The descriptors a session waits on, and until when. */
+static void fill_session(const struct session *s, fd_set *readable, fd_set *writable, int *top, int64_t *until)
+{
+    int fd = s->phase == STORING ? s->pipe : s->fd;
+
+    if (s->out.size > 0 && s->phase != STORING)
+        FD_SET(fd, writable);       /* who does not take its replies is not read from */
+    else
+        FD_SET(fd, readable);
+    if (fd > *top)
+        *top = fd;
+    if (s->phase != STORING && s->deadline < *until)
+        *until = s->deadline;
+}
+
+/* Fills the sets; pselect() will change them, so they are made anew each time. */
+static void fill(fd_set *readable, fd_set *writable, int *top, int64_t *until)
+{
+    FD_ZERO(readable);
+    FD_ZERO(writable);
+    *top = -1;
+    *until = INT64_MAX;
+    for (size_t i = 0; i < session_count; i++)
+        fill_session(sessions[i], readable, writable, top, until);
+    overflowed = overflowed || waiting_count == WAITING_LIMIT;
+    if (!divided && waiting_count < WAITING_LIMIT) {
+        FD_SET(due_pipe[0], readable);
+        if (due_pipe[0] > *top)
+            *top = due_pipe[0];
+    }
+    if (!divided && find_child(FINDS) < 0 && runner_from < *until)
+        *until = runner_from;
+    if (rest_until > clock_ms()) {
+        if (rest_until < *until)
+            *until = rest_until;
+        return;
+    }
+    for (size_t i = 0; i < listener_count; i++) {
+        FD_SET(listeners[i], readable);
+        if (listeners[i] > *top)
+            *top = listeners[i];
+    }
+}
+
+/* Waits for the first thing to happen.  Signals come only here. */
+static void wait_for_events(fd_set *readable, fd_set *writable, int top, int64_t until, const sigset_t *mask)
+{
+    struct timespec timeout = { 0, 0 };
+    int64_t left = until - clock_ms();
+
+    if (left > 0) {
+        timeout.tv_sec = (time_t)(left / 1000);
+        timeout.tv_nsec = (long)(left % 1000) * 1000000;
+    }
+    if (pselect(top + 1, readable, writable, NULL, until == INT64_MAX ? NULL : &timeout, mask) < 0) {
+        FD_ZERO(readable);          /* a signal: the sets mean nothing now */
+        FD_ZERO(writable);
+    }
+}
+
+/* Answers all whole lines there are, as far as the client takes the answers. */
+static void converse(struct session *s, const char *bytes, size_t size)
+{
+    size_t used = 0, n = 1;
+    bool full = false;
+
+    while (s->phase < STORING && used < size && n > 0 && !full) {
+        n = (s->phase == DATA ? take_message : take_command)(s, bytes + used, size - used);
+        used += n;
+        if (s->out.size >= OUTPUT_LIMIT) {
+            flush(s);
+            full = s->out.size > 0;     /* it goes on when the client has taken them */
+        }
+    }
+    if (!full)
+        flush(s);
+    if (s->phase >= CLOSING)
+        used = size;
+    if (!buffer_set(&s->in, bytes + used, size - used))
+        s->phase = GONE;
+}
+
+/* Reads once from a client, behind what is left from before. */
+static void hear(struct session *s)
+{
+    static char input[INPUT_SIZE];
+    ssize_t n;
+
+    if (s->in.size > 0)
+        memcpy(input, s->in.bytes, s->in.size);
+    n = read(s->fd, input + s->in.size, sizeof input - s->in.size);
+    if (n < 0 && (errno == EAGAIN || errno == EINTR))
+        return;
+    if (n <= 0) {
+        s->phase = GONE;            /* the end, or a reset: all it asked for has been answered */
+    } else if (s->phase != CLOSING) {
+        extend_deadline(s);
+        converse(s, input, s->in.size + (size_t)n);
+    }
+}
+
+/* Serves a session for which something has happened. */
+static void serve_session(struct session *s, const fd_set *readable, const fd_set *writable)
+{
+    int fd = s->phase == STORING ? s->pipe : s->fd;
+
+    if (FD_ISSET(fd, writable)) {
+        size_t before = s->out.size;
+
+        flush(s);
+        if (s->out.size < before && s->phase < STORING)
+            extend_deadline(s);
+        if (s->out.size == 0 && s->phase < STORING)
+            converse(s, s->in.bytes, s->in.size);
+    } else if (FD_ISSET(fd, readable) && s->phase == STORING) {
+        take_result(s);
+        if (s->phase < STORING && got_term)
+            converse(s, s->in.bytes, 0);
+        else if (s->phase < STORING)
+            converse(s, s->in.bytes, s->in.size);
+    } else if (FD_ISSET(fd, readable)) {
+        hear(s);
+    } else if (s->phase != STORING && clock_ms() >= s->deadline) {
+        if (s->phase < CLOSING) {
+            reply(s, "421 4.4.2 %s Error: timeout exceeded", settings.hostname);
+            start_closing(s);
+        } else {
+            s->phase = GONE;
+        }
+    }
+}
+
+/* A new client: a session, or a refusal. */
+static void welcome(int fd, union address *peer)
+{
+    static const struct session fresh = { .pipe = -1 };
+    char text[ADDRESS_TEXT], refusal[256];
+    struct session *s = malloc(sizeof *s);
+
+    if (s == NULL) {
+        close(fd);
+        return;
+    }
+    *s = fresh;
+    s->fd = fd;
+    s->peer = *peer;
+    unmap(&s->peer);
+    s->port = address_port(peer);
+    extend_deadline(s);
+    fcntl(fd, F_SETFL, O_NONBLOCK);
+    address_text(&s->peer, text);
+    if (is_allowed(&s->peer)) {
+        sessions[session_count++] = s;
+        reply(s, "220 %s ESMTP smtp " VERSION, settings.hostname);
+        flush(s);
+        return;
+    }
+    snprintf(refusal, sizeof refusal, "554 5.7.1 %s may not relay here: start smtp with -a %s to allow it\r\n", text, text);
+    logmsg("%s:%u refused: %.*s", text, s->port, (int)strlen(refusal) - 2, refusal);
+    if (write(fd, refusal, strlen(refusal)) < 0)
+        logmsg("%s:%u did not wait for it", text, s->port);
+    close(fd);
+    free(s);
+}
+
+/* The table is full: a child takes all clients over, and this process, which
+ * keeps the pid and the listening sockets, begins with an empty table. */
+static void divide(void)
+{
+    pid_t pid = spawn(SERVES, 0);
+
+    if (pid > 0) {
+        logmsg("table full: process %ld serves %lu clients on", (long)pid, (unsigned long)session_count);
+        forget_sessions();
+    } else if (pid == 0) {
+        divided = true;
+        while (listener_count > 0)
+            close_fd(&listeners[--listener_count]);
+        close_fd(&due_pipe[0]);
+        close_fd(&spool_lock);
+        child_count = waiting_count = 0;
+    }
+}
+
+/* Accepts all who wait.  That a listening socket is readable promises nothing:
+ * the client may have gone, or there is no descriptor for it. */
+static void accept_clients(int listener)
+{
+    for (;;) {
+        union address peer;
+        socklen_t size = sizeof peer;
+        int fd;
+
+        if (session_count >= session_limit)
+            divide();
+        if (divided || session_count >= session_limit)
+            return;
+        fd = accept(listener, &peer.sa, &size);
+        if (fd < 0 && (errno == EINTR || errno == ECONNABORTED))
+            continue;
+        if (fd < 0 && errno != EAGAIN && errno != EWOULDBLOCK) {
+            logmsg("accept failed (%s): resting for a second", strerror(errno));
+            rest_until = clock_ms() + REST;
+        }
+        if (fd >= FD_SETSIZE) {     /* cannot be, with the table's limit; an fd_set would not forgive it */
+            close(fd);
+            fd = -1;
+        }
+        if (fd < 0)
+            return;
+        welcome(fd, &peer);
+    }
+}
+
+/* Does all that the sets say can be done without waiting. */
+static void serve(const fd_set *readable, const fd_set *writable)
+{
+    size_t known = session_count;   /* who comes in below is not in the sets */
+
+    for (size_t i = 0; i < known; i++)
+        serve_session(sessions[i], readable, writable);
+    if (!divided && FD_ISSET(due_pipe[0], readable))
+        take_due();
+    for (size_t i = 0; i < listener_count; i++)
+        if (FD_ISSET(listeners[i], readable))
+            accept_clients(listeners[i]);
+}
+
+/* Takes note of all children that have ended: one SIGCHLD may stand for many. */
+static void reap_children(void)
+{
+    int status;
+    pid_t pid;
+
+    while ((pid = waitpid(-1, &status, WNOHANG)) > 0) {
+        size_t i = 0;
+
+        while (i < child_count && children[i].pid != pid)
+            i++;
+        if (i == child_count)
+            continue;
+        if (WIFSIGNALED(status))
+            logmsg("process %ld died of signal %d", (long)pid, WTERMSIG(status));
+        if (children[i].role == FORWARDS && WIFEXITED(status) && WEXITSTATUS(status) == FORWARD_DONE)
+            judge_lane(children[i].lane, true);
+        if (children[i].role == FORWARDS && WIFEXITED(status) && WEXITSTATUS(status) == FORWARD_UNREACHABLE)
+            judge_lane(children[i].lane, false);
+        if (children[i].role == FINDS)
+            runner_from = clock_ms() + REST;    /* if it cannot live, it is not to die in a loop */
+        children[i] = children[--child_count];
+    }
+}
+
+static void start_runner(void)
+{
+    pid_t server = getpid(), pid = spawn(FINDS, 0);
+
+    runner_from = clock_ms() + REST;
+    if (pid == 0) {
+        forget_all();
+        default_signals();
+        run_queue(due_pipe[1], server);
+    }
+}
+
+/* Removes the sessions that are gone. */
+static void reap_sessions(void)
+{
+    size_t left = 0;
+
+    for (size_t i = 0; i < session_count; i++) {
+        struct session *s = sessions[i];
+
+        if (s->phase != GONE) {
+            sessions[left++] = s;
+            continue;
+        }
+        reset(s);
+        close_fd(&s->fd);
+        close_fd(&s->pipe);
+        free(s->helo);
+        free(s->in.bytes);
+        free(s->out.bytes);
+        free(s);
+    }
+    session_count = left;
+}
+
+/* SIGTERM: nobody new, nothing new, but what is being stored gets its reply. */
+static void stop(void)
+{
+    while (listener_count > 0)
+        close_fd(&listeners[--listener_count]);
+    for (size_t i = 0; i < session_count; i++) {
+        struct session *s = sessions[i];
+
+        if (s->phase < STORING) {
+            reply(s, "421 4.3.2 %s shutting down, try again later", settings.hostname);
+            start_closing(s);
+        }
+    }
+    for (size_t i = 0; i < child_count; i++)
+        if (children[i].role >= FINDS)
+            kill(children[i].pid, SIGTERM);
+}
+
+static void reap(void)
+{
+    if (got_child) {
+        got_child = 0;
+        reap_children();
+    }
+    if (got_hangup && !divided) {
+        pid_t runner = find_child(FINDS);
+
+        got_hangup = 0;
+        failing_count = 0;
+        if (runner > 0)
+            kill(runner, SIGHUP);
+    }
+    if (got_term)
+        stop();
+    reap_sessions();
+    if (session_count == 0 && (divided || (got_term && find_child(SERVES) < 0 && find_child(STORES) < 0)))
+        _exit(0);
+    if (divided || got_term)
+        return;
+    if (find_child(FINDS) < 0 && clock_ms() >= runner_from)
+        start_runner();
+    forward_waiting();
+}
+
+static void run(void)
+{
+    static const int caught[] = { SIGTERM, SIGINT, SIGHUP, SIGCHLD };
+    struct sigaction action;
+    sigset_t blocked, open;
+
+    memset(&action, 0, sizeof action);
+    action.sa_handler = on_signal;
+    sigemptyset(&blocked);
+    sigprocmask(SIG_SETMASK, NULL, &open);
+    for (size_t i = 0; i < sizeof caught / sizeof caught[0]; i++) {
+        sigaction(caught[i], &action, NULL);
+        sigaddset(&blocked, caught[i]);
+        sigdelset(&open, caught[i]);
+    }
+    sigprocmask(SIG_BLOCK, &blocked, NULL);
+    signal(SIGPIPE, SIG_IGN);       /* who hangs up is told by write() */
+    signal(SIGXFSZ, SIG_IGN);       /* and a file that may not grow, too */
+    for (;;) {
+        fd_set readable, writable;
+        int64_t until;
+        int top;
+
+        reap();
+        fill(&readable, &writable, &top, &until);
+        wait_for_events(&readable, &writable, top, until, &open);
+        serve(&readable, &writable);
+    }
+}
+
+/* ==== Start ============================================================== */
+
+/* POSIX does not have setgroups(), though every Unix does: the feature macros
+ * keep it out of the headers, so it is declared here.  The number is an int on
+ * some systems; a zero is the same to both. */
+int setgroups(size_t count, const gid_t *groups);
+
+static const char usage_text[] =
+    "usage: smtp [options] address...    serve on these addresses\n"
+    "       smtp -l [-q spool]           list the queue\n"
+    "  -a network     let these clients relay, too: 192.0.2.0/24, 2001:db8::/32\n"
+    "  -e seconds     give up on a message after (5 days)\n"
+    "  -h hostname    call ourselves so (the system's name)\n"
+    "  -j number      forwarders at once (50)\n"
+    "  -M address     where mail to <Postmaster> goes (postmaster@hostname)\n"
+    "  -m octets      largest message, 0 for any (50 MiB)\n"
+    "  -n host[:port] ask this name server (those of /etc/resolv.conf)\n"
+    "  -P port        where exchangers listen (25)\n"
+    "  -p port        where to listen, 0 for any that is free (25)\n"
+    "  -q spool       where messages are kept (/var/spool/smtp)\n"
+    "  -r seconds     first retry after (300), doubled up to an hour\n"
+    "  -s host[:port] send all mail to this smarthost\n"
+    "  -t seconds     silence after which a client is dropped (300)\n"
+    "  -u user        as root, become this user (smtp, or nobody)\n"
+    "  -v             log both dialogues, line by line\n"
+    "  -w seconds     longest wait for an exchanger (RFC 5321's times)\n";
+
+/* One line that says what is wrong on the command line. */
+static void misused(const char *format, ...)
+{
+    va_list arguments;
+
+    va_start(arguments, format);
+    write_log("smtp: ", 0, format, arguments);
+    va_end(arguments);
+    exit(2);
+}
+
+static void usage(void)
+{
+    fputs(usage_text, stderr);
+    exit(2);
+}
+
+static unsigned long long number(int option, const char *text, unsigned long long least, unsigned long long most)
+{
+    char *end;
+    unsigned long long value = strtoull(text, &end, 10);
+
+    if (*text < '0' || *text > '9' || *end != '\0' || value < least || value > most)
+        misused("-%c takes a number from %llu to %llu, not '%s'", option, least, most, text);
+    return value;
+}
+
+static struct network network_parse(const char *text)
+{
+    struct network n;
+    char host[ADDRESS_TEXT];
+    const char *slash = strchr(text, '/');
+    size_t length = slash != NULL ? (size_t)(slash - text) : strlen(text);
+    unsigned most;
+
+    snprintf(host, sizeof host, "%.*s", (int)length, text);
+    if (length >= sizeof host || !address_parse(host, 0, &n.base))
+        misused("-a %s: not a network such as 192.0.2.0/24 or 2001:db8::/32", text);
+    most = n.base.sa.sa_family == AF_INET6 ? 128 : 32;
+    n.bits = slash != NULL ? (unsigned)number('a', slash + 1, 0, most) : most;
+    for (unsigned i = n.bits; i < most; i++) {      /* 10.1.2.3/8: which network is meant? */
+        const unsigned char *octets = most == 128 ? n.base.in6.sin6_addr.s6_addr
+            : (const unsigned char *)&n.base.in.sin_addr;
+
+        if (octets[i / 8] >> (7 - i % 8) & 1)
+            misused("-a %s: the address has bits behind the first %u", text, n.bits);
+    }
+    return n;
+}
+
+static void allow(const char *text)
+{
+    static struct network *networks;
+    struct network *more = realloc(networks, (settings.allowed_count + 1) * sizeof *networks);
+
+    if (more == NULL)
+        die("no memory");
+    networks = more;
+    networks[settings.allowed_count++] = network_parse(text);
+    settings.allowed = networks;
+}
+
+static void add_nameserver(const char *text)
+{
+    char host[DNS_NAME_SIZE];
+    unsigned port;
+    struct nameservers *n = &settings.nameservers;
+
+    if (n->count == NAMESERVERS)
+        misused("-n %s: %d name servers are enough", text, NAMESERVERS);
+    if (!endpoint_parse(text, 53, host, &port) || !address_parse(host, port, &n->server[n->count]))
+        misused("-n %s: not an address such as 192.0.2.53 or [2001:db8::53]:5353", text);
+    n->count++;
+}
+
+static void set_smarthost(const char *text)
+{
+    static char host[DNS_NAME_SIZE];
+    union address a;
+    const char *end;
+
+    if (!endpoint_parse(text, settings.mx_port, host, &settings.smarthost_port)
+        || (!address_parse(host, 0, &a) && ((end = skip_domain(host)) == NULL || *end != '\0')))
+        misused("-s %s: not a host such as mail.example.net or [2001:db8::25]:2525", text);
+    settings.smarthost = host;
+}
+
+/* Listens on every address that the name stands for.  Returns how many. */
+static void listen_on(const char *name, unsigned port)
+{
+    static union address bound[LISTENERS];
+    struct addrinfo hints, *all, *a;
+    char service[8], text[ADDRESS_TEXT];
+    int error;
+    size_t before = listener_count;
+
+    memset(&hints, 0, sizeof hints);
+    hints.ai_socktype = SOCK_STREAM;
+    hints.ai_flags = AI_PASSIVE | AI_NUMERICSERV;
+    snprintf(service, sizeof service, "%u", port);
+    error = getaddrinfo(name, service, &hints, &all);
+    errno = 0;
+    if (error != 0)
+        die("%s: %s", name, gai_strerror(error));
+    for (a = all; a != NULL; a = a->ai_next) {
+        const int on = 1;
+        union address *here = &bound[listener_count];
+        socklen_t size = sizeof *here;
+        int fd;
+
+        if (listener_count == LISTENERS)
+            die("%d addresses to listen on are enough", LISTENERS);
+        memcpy(here, a->ai_addr, a->ai_addrlen);
+        fd = socket_open(here, SOCK_STREAM);
+        if (fd >= 0) {
+            setsockopt(fd, SOL_SOCKET, SO_REUSEADDR, &on, sizeof on);   /* restart while old connections fade */
+            if (here->sa.sa_family == AF_INET6)
+                setsockopt(fd, IPPROTO_IPV6, IPV6_V6ONLY, &on, sizeof on);
+        }
+        if (fd < 0 || bind(fd, &here->sa, address_size(here)) != 0 || listen(fd, SOMAXCONN) != 0) {
+            /* localhost is often two addresses, on machines that have but one of them */
+            if ((errno == EADDRNOTAVAIL || errno == EAFNOSUPPORT) && (a->ai_next != NULL || listener_count > before)) {
+                close_fd(&fd);
+                continue;
+            }
+            die("cannot listen on %s port %u", address_text(here, text), port);
+        }
+        getsockname(fd, &here->sa, &size);
+        listeners[listener_count++] = fd;
+    }
+    freeaddrinfo(all);
+    if (listener_count == before)
+        die("cannot listen on %s port %u", name, port);
+    settings.listening = bound;
+    settings.listening_count = listener_count;
+}
+
+/* Whom root becomes. */
+static const struct passwd *find_user(const char *name)
+{
+    const struct passwd *user;
+
+    if (name != NULL) {
+        user = getpwnam(name);
+    } else {
+        user = getpwnam("smtp");
+        if (user == NULL)
+            user = getpwnam("nobody");
+    }
+    errno = 0;
+    if (user == NULL)
+        die("no user %s to become: make one, or name one with -u", name != NULL ? name : "smtp or nobody");
+    if (user->pw_uid == 0)
+        die("%s is root itself: name another user with -u", user->pw_name);
+    return user;
+}
+
+/* Becomes the user for good, and makes sure of it. */
+static void drop_root(const struct passwd *user)
+{
+    if (setgroups(0, NULL) != 0 || setgid(user->pw_gid) != 0 || setuid(user->pw_uid) != 0)
+        die("cannot become %s", user->pw_name);
+    errno = 0;
+    if (setuid(0) == 0 || getuid() == 0 || geteuid() == 0 || setgid(0) == 0)
+        die("cannot give up being root");
+}
+
+/* A table must never need a descriptor that an fd_set cannot hold: each client
+ * may have two, its socket and its draft or pipe. */
+static void size_table(void)
+{
+    long limit = sysconf(_SC_OPEN_MAX);
+
+    if (limit < 0 || limit > FD_SETSIZE)
+        limit = FD_SETSIZE;
+    errno = 0;
+    if (limit < RESERVE + 4)
+        die("%ld open files are too few: raise the limit (ulimit -n) to %d or more", limit, RESERVE + 4);
+    session_limit = (size_t)(limit - RESERVE) / 2;
+}
+
+static void default_names(void)
+{
+    static char hostname[DOMAIN_LIMIT + 1], postmaster[PATH_LIMIT];
+    const char *end;
+
+    if (settings.hostname == NULL) {
+        if (gethostname(hostname, sizeof hostname - 1) != 0)
+            die("this machine has no name: give one with -h");
+        settings.hostname = hostname;
+    }
+    end = skip_domain(settings.hostname);
+    if (end == NULL || *end != '\0')
+        misused("'%s' is no host name: give one such as relay.example.org with -h", settings.hostname);
+    if (settings.postmaster == NULL) {
+        if ((size_t)snprintf(postmaster, sizeof postmaster, "postmaster@%s", settings.hostname) > PATH_LIMIT - 2)
+            misused("the host name is too long for an address in it: name a postmaster with -M");
+        settings.postmaster = postmaster;
+    }
+    end = skip_mailbox(settings.postmaster);
+    if (end == NULL || *end != '\0' || end - settings.postmaster > PATH_LIMIT - 2)
+        misused("-M %s: not an address such as postmaster@example.org", settings.postmaster);
+}
+
+static void read_options(int argc, char **argv, unsigned *port, const char **user, bool *list)
+{
+    const char *smarthost = NULL;
+    int option;
+
+    opterr = 0;
+    while ((option = getopt(argc, argv, ":a:e:h:j:lM:m:n:P:p:q:r:s:t:u:vw:")) != -1)
+        switch (option) {
+        case 'a': allow(optarg); break;
+        case 'e': settings.expire = (long)number(option, optarg, 1, LONG_MAX / 1000); break;
+        case 'h': settings.hostname = optarg; break;
+        case 'j': settings.forwarders = (long)number(option, optarg, 1, 10000); break;
+        case 'l': *list = true; break;
+        case 'M': settings.postmaster = optarg; break;
+        case 'm': settings.max_size = number(option, optarg, 0, ULLONG_MAX); break;
+        case 'n': add_nameserver(optarg); break;
+        case 'P': settings.mx_port = (unsigned)number(option, optarg, 1, 65535); break;
+        case 'p': *port = (unsigned)number(option, optarg, 0, 65535); break;
+        case 'q': settings.spool = optarg; break;
+        case 'r': settings.retry = (long)number(option, optarg, 1, 86400); break;
+        case 's': smarthost = optarg; break;
+        case 't': settings.idle = (long)number(option, optarg, 1, 86400); break;
+        case 'u': *user = optarg; break;
+        case 'v': settings.verbose = true; break;
+        case 'w': settings.wait = (long)number(option, optarg, 1, 86400); break;
+        case ':':
+            fprintf(stderr, "smtp: -%c needs a value\n", optopt);
+            usage();
+            break;
+        default:
+            fprintf(stderr, "smtp: there is no option -%c\n", optopt);
+            usage();
+        }
+    if (smarthost != NULL)
+        set_smarthost(smarthost);       /* now that -P is known */
+}
+
+/* Descriptors 0 to 2 exist: else a client's socket might become our stderr. */
+static void open_standard(void)
+{
+    int fd;
+
+    do
+        fd = open("/dev/null", O_RDWR);
+    while (fd >= 0 && fd <= STDERR_FILENO);
+    close_fd(&fd);
+}
+
+int main(int argc, char **argv)
+{
+    const char *user_name = NULL;
+    unsigned port = 25;
+    bool list = false, root = geteuid() == 0;
+    const struct passwd *user = NULL;
+
+    open_standard();
+    umask(077);
+    allow("127.0.0.0/8");
+    allow("::1");
+    read_options(argc, argv, &port, &user_name, &list);
+    if (list)
+        return list_queue();
+    if (optind == argc) {
+        fputs("smtp: name an address to listen on, such as localhost\n", stderr);
+        usage();
+    }
+    default_names();
+    if (settings.nameservers.count == 0)
+        dns_servers("/etc/resolv.conf", &settings.nameservers);
+    for (; optind < argc; optind++)
+        listen_on(argv[optind], port);
+    if (root)
+        user = find_user(user_name);
+    else if (user_name != NULL)
+        misused("-u %s: only root can become somebody else", user_name);
+    spool_enter(root ? user->pw_uid : geteuid(), root ? user->pw_gid : getegid());
+    if (root)
+        drop_root(user);
+    spool_lock = spool_take();
+    size_table();
+    if (pipe(due_pipe) != 0)
+        die("cannot make a pipe");
+    fcntl(due_pipe[0], F_SETFL, O_NONBLOCK);
+    fcntl(due_pipe[1], F_SETFL, O_NONBLOCK);
+    for (size_t i = 0; i < settings.listening_count; i++) {
+        char text[ADDRESS_TEXT];
+        const union address *a = &settings.listening[i];
+
+        logmsg(a->sa.sa_family == AF_INET6 ? "listening on [%s]:%u" : "listening on %s:%u",
+            address_text(a, text), address_port(a));
+    }
+    run();
+    return 0;
+}
