@@ -1993,7 +1993,7 @@ static bool is_locked(int fd)
 }
 
 /* Looks at one file of the queue that is due, and offers it. */
-static void offer_due(int due_fd, const char *id, pid_t server)
+static void offer_due(int due_fd, const char *id, pid_t server, bool complain)
 {
     struct message m;
     int fd = open_queued(id, O_RDWR);
@@ -2010,6 +2010,8 @@ static void offer_due(int due_fd, const char *id, pid_t server)
         /* The pipe is full when the server has enough to do: so this waits. */
         while (!offer(due_fd, id, lane) && errno == EAGAIN && getppid() == server)
             wait_ready(due_fd, true, clock_ms() + 1000);
+    } else if (complain) {
+        logmsg("queue/%s is no whole message: left alone", id);
     }
     message_free(&m);
 }
@@ -2049,7 +2051,7 @@ static time_t search_queue(int due_fd, pid_t server, bool make_due, bool complai
         time_t due = entry->d_name[0] == '.' ? 0 : due_time(entry->d_name, make_due, complain);
 
         if (due != 0 && due <= time(NULL))
-            offer_due(due_fd, entry->d_name, server);
+            offer_due(due_fd, entry->d_name, server, complain);
         else if (due != 0 && due < next)
             next = due;
     }

@@ -430,7 +430,8 @@ static bool slot_free(uint32_t lane, bool fresh)
             busy++;
             same += children[i].lane == lane;
         }
-    return !divided && busy < settings.forwarders - reserved && same < (is_failing(lane) ? 1 : share);
+    return !divided && clock_ms() >= rest_until && busy < settings.forwarders - reserved
+        && same < (is_failing(lane) ? 1 : share);
 }
 
 /* Lets an id wait.  One that does not fit is found again by the runner. */
@@ -477,7 +478,7 @@ static void forward_waiting(void)
     for (size_t i = 0; i < waiting_count; i++) {
         pid_t pid = -1;
 
-        if (clock_ms() >= rest_until && slot_free(waiting[i].lane, false))
+        if (slot_free(waiting[i].lane, false))
             pid = spawn(FORWARDS, waiting[i].lane);
         if (pid == 0) {
             forget_all();
@@ -1002,7 +1003,7 @@ static void inspect(struct transaction *tx, const char *text, const struct line 
     if (tx->in_header && first) {
         if (line->length == 0)
             tx->in_header = false;
-        else if (line->length > 9 && strncasecmp(text, "Received:", 9) == 0 && ++tx->received >= LOOP_LIMIT)
+        else if (line->length >= 9 && strncasecmp(text, "Received:", 9) == 0 && ++tx->received >= LOOP_LIMIT)
             refuse(tx, "554 5.4.6 Error: mail loop: too many Received lines");
     }
     tx->in_line = line->used == 0;
@@ -1013,7 +1014,8 @@ static void end_message(struct session *s)
 {
     struct transaction *tx = s->tx;
     int ends[2] = { -1, -1 };
-    bool forward_now = slot_free(tx->lane, true);
+    uint32_t lane = tx->lane;
+    bool forward_now = slot_free(lane, true);
     pid_t pid = -1;
 
     keep(tx, ".\r\n", 3);
@@ -1023,15 +1025,15 @@ static void end_message(struct session *s)
         return;
     }
     if (pipe(ends) == 0 && ends[0] < FD_SETSIZE)
-        pid = spawn(forward_now ? FORWARDS : STORES, tx->lane);
+        pid = spawn(forward_now ? FORWARDS : STORES, lane);
     if (pid == 0) {
-        struct draft draft = tx->draft;     /* the child's own; the session's is forgotten with it */
+        struct draft draft = tx->draft;     /* kept; all that the session has is forgotten */
 
         tx->draft.fd = -1;
         forget_all();
         close(ends[0]);
         default_signals();
-        hand_over(&draft, ends[1], due_pipe[1], tx->lane, forward_now);
+        hand_over(&draft, ends[1], due_pipe[1], lane, forward_now);
     }
     close_fd(&ends[1]);
     if (pid < 0) {

@@ -625,6 +625,16 @@ def run(*arguments, timeout=20):
                           capture_output=True, text=True, timeout=timeout)
 
 
+class Outcome(NamedTuple):
+    """What became of a recipient in one try, as the log has it."""
+
+    id: str
+    relay: str
+    delay: str
+    status: str
+    words: str
+
+
 class Relay:
     """The program, started on a free port and run until stop().
 
@@ -704,6 +714,12 @@ class Relay:
 
     def wait_for_log(self, pattern, timeout=20):
         return wait_for(lambda: self.logged(pattern), timeout, f"/{pattern}/ in the log")[0]
+
+    def outcomes(self, to, count=1):
+        """What the log says became of the recipient, as soon as it says so `count` times."""
+        pattern = rf"^(\S+) to=<{re.escape(to)}> relay=(\S+) delay=(\d+) status=(sent|later|failed) \((.*)\)$"
+        wait_for(lambda: len(self.logged(pattern)) >= count, what=f"{count} outcomes for {to}")
+        return [Outcome(*match.groups()) for match in self.logged(pattern)]
 
     def hangup(self):
         os.kill(self.pid, signal.SIGHUP)
