@@ -27,7 +27,6 @@
 #include <stdlib.h>
 #include <string.h>
 #include <strings.h>
-#include <sys/select.h>
 #include <unistd.h>
 
 enum {
@@ -48,17 +47,14 @@ enum {
 bool address_parse(const char *text, unsigned port, union address *a)
 {
     memset(a, 0, sizeof *a);
-    if (inet_pton(AF_INET, text, &a->in.sin_addr) == 1) {
+    if (inet_pton(AF_INET, text, &a->in.sin_addr) == 1)
         a->in.sin_family = AF_INET;
-        a->in.sin_port = htons((uint16_t)port);
-        return true;
-    }
-    if (inet_pton(AF_INET6, text, &a->in6.sin6_addr) == 1) {
+    else if (inet_pton(AF_INET6, text, &a->in6.sin6_addr) == 1)
         a->in6.sin6_family = AF_INET6;
-        a->in6.sin6_port = htons((uint16_t)port);
-        return true;
-    }
-    return false;
+    else
+        return false;
+    address_set_port(a, port);
+    return true;
 }
 
 bool endpoint_parse(const char *text, unsigned default_port, char host[DNS_NAME_SIZE], unsigned *port)
@@ -92,11 +88,19 @@ bool endpoint_parse(const char *text, unsigned default_port, char host[DNS_NAME_
     return true;
 }
 
+const unsigned char *address_octets(const union address *a, size_t *count)
+{
+    bool ipv6 = a->sa.sa_family == AF_INET6;
+
+    *count = ipv6 ? 16 : 4;
+    return ipv6 ? a->in6.sin6_addr.s6_addr : (const unsigned char *)&a->in.sin_addr;
+}
+
 const char *address_text(const union address *a, char text[ADDRESS_TEXT])
 {
-    const void *bytes = a->sa.sa_family == AF_INET6 ? (const void *)&a->in6.sin6_addr : &a->in.sin_addr;
+    size_t count;
 
-    if (inet_ntop(a->sa.sa_family, bytes, text, ADDRESS_TEXT) == NULL)
+    if (inet_ntop(a->sa.sa_family, address_octets(a, &count), text, ADDRESS_TEXT) == NULL)
         strcpy(text, "?");
     return text;
 }
@@ -104,6 +108,14 @@ const char *address_text(const union address *a, char text[ADDRESS_TEXT])
 unsigned address_port(const union address *a)
 {
     return ntohs(a->sa.sa_family == AF_INET6 ? a->in6.sin6_port : a->in.sin_port);
+}
+
+void address_set_port(union address *a, unsigned port)
+{
+    if (a->sa.sa_family == AF_INET6)
+        a->in6.sin6_port = htons((uint16_t)port);
+    else
+        a->in.sin_port = htons((uint16_t)port);
 }
 
 socklen_t address_size(const union address *a)
@@ -139,28 +151,32 @@ int socket_open(const union address *to, int type)
     return fd;
 }
 
+void wait_sets(int top, fd_set *readable, fd_set *writable, int64_t deadline)
+{
+    int64_t left = deadline > clock_ms() ? deadline - clock_ms() : 0;
+    struct timeval timeout;     /* made anew each time: Linux's select() counts it down */
+
+    timeout.tv_sec = (time_t)(left / 1000);
+    timeout.tv_usec = (suseconds_t)(left % 1000 * 1000);
+    if (select(top + 1, readable, writable, NULL, &timeout) <= 0) {
+        FD_ZERO(readable);      /* a signal, or the end of time: the sets mean nothing */
+        FD_ZERO(writable);
+    }
+}
+
 bool wait_ready(int fd, bool writing, int64_t deadline)
 {
-    for (;;) {
-        int64_t left = deadline - clock_ms();
-        struct timeval timeout;     /* made anew each time: Linux's select() counts it down */
-        fd_set set;
-        int ready;
+    fd_set readable, writable;
 
-        if (left <= 0) {
-            errno = ETIMEDOUT;
-            return false;
-        }
-        timeout.tv_sec = (time_t)(left / 1000);
-        timeout.tv_usec = (suseconds_t)(left % 1000 * 1000);
-        FD_ZERO(&set);
-        FD_SET(fd, &set);
-        ready = select(fd + 1, writing ? NULL : &set, writing ? &set : NULL, NULL, &timeout);
-        if (ready > 0)
+    do {
+        FD_ZERO(&readable);
+        FD_ZERO(&writable);
+        FD_SET(fd, writing ? &writable : &readable);
+        wait_sets(fd, &readable, &writable, deadline);
+        if (FD_ISSET(fd, writing ? &writable : &readable))
             return true;
-        if (ready < 0 && errno != EINTR)
-            return false;
-    }
+    } while (clock_ms() < deadline);
+    return false;
 }
 
 /* ==== Chance ============================================================= */
@@ -244,7 +260,7 @@ static void get_name(struct cursor *c, char name[DNS_NAME_SIZE])
             if (behind == 0)
                 behind = c->at;
             start = c->at = target;
-        } else if (length > LABEL_LIMIT || length > c->size - c->at || used + length + 1 > NAME_LIMIT + 1) {
+        } else if (length > LABEL_LIMIT || length > c->size - c->at || used + (used > 0) + length > NAME_LIMIT) {
             c->bad = true;
         } else if (length > 0) {
             if (used > 0)
@@ -412,6 +428,7 @@ static enum verdict read_records(struct flight *f, const struct cursor *c, unsig
         f->query->count = 0;
         scan_answers(f, &pass, answers, target);
         if (pass.bad) {
+            f->query->count = 0;
             f->query->why = "malformed answer from the name server";
             return BROKEN;
         }
@@ -437,8 +454,8 @@ static enum verdict read_records(struct flight *f, const struct cursor *c, unsig
 
 static enum verdict read_answer(struct flight *f, const unsigned char *bytes, size_t size)
 {
-    enum { RESPONSE = 0x8000, OPCODE = 0x7800, TC = 0x0200, RCODE = 0x000F };
-    enum { NOERROR = 0, FORMERR = 1, NXDOMAIN = 3, NOTIMP = 4 };
+    enum { RESPONSE = 0x8000, OPCODE = 0x7800, AA = 0x0400, TC = 0x0200, RA = 0x0080, RCODE = 0x000F };
+    enum { NOERROR = 0, FORMERR = 1, SERVFAIL = 2, NXDOMAIN = 3, NOTIMP = 4, REFUSED = 5 };
     struct cursor c = { bytes, size, 0, false };
     char name[DNS_NAME_SIZE];
     unsigned long id = get(&c, 2), flags = get(&c, 2), rcode = flags & RCODE;
@@ -463,8 +480,12 @@ static enum verdict read_answer(struct flight *f, const unsigned char *bytes, si
     if (f->edns && (rcode == FORMERR || rcode == NOTIMP))
         return NO_EDNS;
     if (rcode != NOERROR && rcode != NXDOMAIN) {
-        f->query->why = rcode == 2 ? "the name server answers SERVFAIL" : rcode == 5 ?
+        f->query->why = rcode == SERVFAIL ? "the name server answers SERVFAIL" : rcode == REFUSED ?
             "the name server answers REFUSED" : "the name server answers with an error";
+        return BROKEN;
+    }
+    if (rcode == NOERROR && answers == 0 && (flags & (AA | RA)) == 0) {
+        f->query->why = "the name server only refers to others: it does not recurse";
         return BROKEN;
     }
     return read_records(f, &c, answers, rcode == NXDOMAIN);
@@ -481,12 +502,7 @@ static void bind_random_port(int fd, const union address *to)
     memset(&from, 0, sizeof from);
     from.sa.sa_family = to->sa.sa_family;
     for (int i = 0; i < 10; i++) {
-        in_port_t port = htons((uint16_t)(1024 + random16() % (65536 - 1024)));
-
-        if (from.sa.sa_family == AF_INET6)
-            from.in6.sin6_port = port;
-        else
-            from.in.sin_port = port;
+        address_set_port(&from, 1024 + random16() % (65536 - 1024));
         if (bind(fd, &from.sa, address_size(&from)) == 0)
             return;
     }
@@ -557,8 +573,8 @@ static bool transfer(int fd, bool writing, unsigned char *bytes, size_t size, in
 }
 
 /* The same question over TCP, each message behind two octets of length (RFC
- * 1035 4.2.2).  In plain sequence: truncation is rare, and the other flights'
- * answers wait in their sockets.  Returns the answer's size, 0 for none. */
+ * 1035 4.2.2).  In plain sequence, for truncation is rare: the other flights
+ * wait.  Returns the answer's size, 0 for none. */
 static size_t ask_over_tcp(const struct flight *f, const union address *server, unsigned char answer[ANSWER_SIZE])
 {
     unsigned char query[2 + QUERY_SIZE], length[2];
@@ -623,13 +639,13 @@ static void receive(struct flight *f, const struct nameservers *servers)
 /* One turn of waiting for all flights.  False: all are done. */
 static bool serve_flights(struct flight *flights, size_t count, const struct nameservers *servers)
 {
-    int64_t first = INT64_MAX, left;
-    struct timeval timeout;
-    fd_set set;
-    int top = -1, ready;
+    int64_t first = INT64_MAX, now;
+    fd_set set, none;
+    int top = -1;
     bool flying = false;
 
     FD_ZERO(&set);
+    FD_ZERO(&none);
     for (struct flight *f = flights; f < flights + count; f++) {
         if (f->done)
             continue;
@@ -643,18 +659,14 @@ static bool serve_flights(struct flight *flights, size_t count, const struct nam
     }
     if (!flying)
         return false;
-    left = first - clock_ms();
-    if (left < 0)
-        left = 0;
-    timeout.tv_sec = (time_t)(left / 1000);
-    timeout.tv_usec = (suseconds_t)(left % 1000 * 1000);
-    ready = select(top + 1, &set, NULL, NULL, &timeout);
+    wait_sets(top, &set, &none, first);
+    now = clock_ms();       /* of this turn: the time that one spends on TCP is not the others' */
     for (struct flight *f = flights; f < flights + count; f++) {
         if (f->done)
             continue;
-        if (ready > 0 && f->fd >= 0 && FD_ISSET(f->fd, &set))
+        if (f->fd >= 0 && FD_ISSET(f->fd, &set))
             receive(f, servers);
-        else if (clock_ms() >= f->deadline)
+        else if (now >= f->deadline)
             try_next(f, servers);
     }
     return true;

@@ -28,7 +28,7 @@
  *
  *   where       state                who moves it on         what a crash leaves
  *   tmp/        being received       server: final dot       a stale file: nobody was told
- *                                    or draft_drop()         250; cleared at a start
+ *                                    or draft_drop()         250; cleared by the runner
  *   tmp/        being made durable   child: fsync, rename,   the same, or the next state:
  *                                    fsync of queue/         a message nobody was told of
  *   queue/,     owed, being tried    its forwarder, which    the lock is gone, the next
@@ -44,7 +44,7 @@
  * closes *any* descriptor of the file: a message is never opened twice.
  *
  * Contents, to be read from the end:
- *   Names and times    ids, dates, due times
+ *   Names and times    ids, dates, due times, and memory
  *   The spool          drafts, and how they become durable
  *   Messages           reading a file of the queue back
  *   Outcomes           what is written below the dot
@@ -67,7 +67,6 @@
 #include <stdlib.h>
 #include <string.h>
 #include <strings.h>
-#include <sys/select.h>
 #include <sys/stat.h>
 #include <sys/wait.h>
 #include <unistd.h>
@@ -100,21 +99,17 @@ static time_t utc_seconds(int year, int month, int day, int hour, int minute, in
     return (time_t)(((days * 24 + hour) * 60 + minute) * 60 + second);
 }
 
-/* 2026-11-23T11:08:19Z */
-static void stamp(char text[32], time_t when)
+/* A date in UTC, for strftime().  Its names are English: no locale is ever set. */
+static const char *date_text(char text[64], const char *format, time_t when)
 {
     struct tm utc;
 
-    strftime(text, 32, "%Y-%m-%dT%H:%M:%SZ", gmtime_r(&when, &utc));
+    strftime(text, 64, format, gmtime_r(&when, &utc));
+    return text;
 }
 
-/* RFC 5322 3.3.  strftime()'s names are English: no locale is ever set. */
-static void mail_date(char text[64], time_t when)
-{
-    struct tm utc;
-
-    strftime(text, 64, "%a, %d %b %Y %H:%M:%S +0000", gmtime_r(&when, &utc));
-}
+#define ISO_DATE "%Y-%m-%dT%H:%M:%SZ"
+#define MAIL_DATE "%a, %d %b %Y %H:%M:%S +0000"     /* RFC 5322 3.3 */
 
 /* An id: 20261123T110819.123456-54321-1f3a, the time to the microsecond, the
  * client's port and our pid.  Within a process no two have the same time. */
@@ -123,16 +118,13 @@ static void make_id(char id[ID_SIZE], unsigned port)
     static int64_t last;
     struct timespec now;
     int64_t micros;
-    time_t seconds;
-    struct tm utc;
-    size_t used;
+    char date[64];
 
     clock_gettime(CLOCK_REALTIME, &now);
     micros = (int64_t)now.tv_sec * 1000000 + now.tv_nsec / 1000;
     last = micros > last ? micros : last + 1;
-    seconds = (time_t)(last / 1000000);
-    used = strftime(id, ID_SIZE, "%Y%m%dT%H%M%S", gmtime_r(&seconds, &utc));
-    snprintf(id + used, ID_SIZE - used, ".%06ld-%u-%lx", (long)(last % 1000000), port, (unsigned long)getpid());
+    snprintf(id, ID_SIZE, "%.20s.%06ld-%u-%lx", date_text(date, "%Y%m%dT%H%M%S", (time_t)(last / 1000000)),
+        (long)(last % 1000000), port, (unsigned long)getpid());
 }
 
 /* When a message with this id arrived; 0 if it is not one of our ids. */
@@ -145,6 +137,30 @@ static time_t id_time(const char *id)
         || sscanf(id, "%4d%2d%2dT%2d%2d%2d.", &year, &month, &day, &hour, &minute, &second) != 6)
         return 0;
     return utc_seconds(year, month, day, hour, minute, second);
+}
+
+static void *allocate(void *old, size_t size)
+{
+    void *memory = realloc(old, size);
+
+    if (memory == NULL)
+        die("no memory: this process ends here, its message stays in the queue");
+    return memory;
+}
+
+static char *copy_text(const char *text)
+{
+    return strcpy(allocate(NULL, strlen(text) + 1), text);
+}
+
+/* A stream that writes to memory, which is the caller's once it is closed. */
+static FILE *open_text(char **text, size_t *size)
+{
+    FILE *stream = open_memstream(text, size);
+
+    if (stream == NULL)
+        die("no memory: this process ends here, its message stays in the queue");
+    return stream;
 }
 
 /* How long until the next try of a message of this age: it doubles its age. */
@@ -175,13 +191,25 @@ static const char *spool_path(const char *directory, const char *id)
     return path;
 }
 
+/* Makes the names in a directory durable. */
+static bool sync_directory(const char *name)
+{
+    int fd = open(name, O_RDONLY);
+    bool ok = fd >= 0 && (fsync(fd) == 0 || errno == EINVAL);   /* EINVAL: a file system that has no such thing */
+
+    if (fd >= 0)
+        close(fd);
+    return ok;
+}
+
+/* Makes a directory, whose name is durable when this returns true. */
 static bool make_directory(const char *name)
 {
     struct stat st;
 
     if (mkdir(name, 0700) != 0 && errno != EEXIST)
         return false;
-    if (lstat(name, &st) != 0)
+    if (lstat(name, &st) != 0 || !sync_directory("."))
         return false;
     errno = ENOTDIR;
     return S_ISDIR(st.st_mode);
@@ -199,6 +227,8 @@ void spool_enter(uid_t owner, gid_t group)
     }
     if (chdir(settings.spool) != 0)
         die("cannot enter the spool %s", settings.spool);
+    if (!sync_directory(".."))
+        die("cannot make the spool %s durable", settings.spool);
     if (getcwd(path, sizeof path) == NULL)
         die("cannot tell the spool's path");
     settings.spool = path;
@@ -249,7 +279,6 @@ int spool_take(void)
         errno = 0;
         die("another server holds the spool %s: stop it, or name another spool with -q", settings.spool);
     }
-    clear_drafts();
     return fd;
 }
 
@@ -311,16 +340,6 @@ const char *draft_refusal(int error)
     return "451 4.3.0 Error: message not stored, try again later";
 }
 
-static bool sync_queue(void)
-{
-    int fd = open("queue", O_RDONLY);
-    bool ok = fd >= 0 && (fsync(fd) == 0 || errno == EINVAL);   /* EINVAL: a file system that has no such thing */
-
-    if (fd >= 0)
-        close(fd);
-    return ok;
-}
-
 /* Locks octets of a file from `start` on, `length` of them or all. */
 static bool lock_octets(int fd, short type, off_t start, off_t length)
 {
@@ -334,16 +353,16 @@ static bool lock_octets(int fd, short type, off_t start, off_t length)
 
 /* Makes a draft a message: locked, durable, in the queue.  When this returns
  * true the mail is ours to lose, and not before.  False: d->error says why, and
- * neither tmp/ nor queue/ holds anything. */
+ * the draft is gone. */
 static bool store(struct draft *d)
 {
     char path[16 + ID_SIZE];
 
-    if (d->error != 0)
-        return false;
     strcpy(path, spool_path("tmp", d->id));
-    if (lock_octets(d->fd, F_WRLCK, 0, 0) && fsync(d->fd) == 0 && rename(path, spool_path("queue", d->id)) == 0) {
-        if (sync_queue())
+    errno = d->error;
+    if (errno == 0 && lock_octets(d->fd, F_WRLCK, 0, 0) && fsync(d->fd) == 0
+        && rename(path, spool_path("queue", d->id)) == 0) {
+        if (sync_directory("queue"))
             return true;
         d->error = errno;
         unlink(spool_path("queue", d->id));
@@ -351,6 +370,7 @@ static bool store(struct draft *d)
         d->error = errno;
     }
     logmsg("%s cannot be stored (%s)", d->id, strerror(d->error));
+    draft_drop(d);
     return false;
 }
 
@@ -381,6 +401,7 @@ struct message {
     struct recipient *recipients;
     size_t count;
     bool part;              /* this process tries only some recipients of it */
+    bool torn;              /* our last write may have left half a line */
     bool gone;              /* removed from the queue */
 };
 
@@ -466,20 +487,6 @@ static struct recipient *find_recipient(struct message *m, const char *address)
         if (strcmp(m->recipients[i].address, address) == 0)
             return &m->recipients[i];
     return NULL;
-}
-
-static void *allocate(void *old, size_t size)
-{
-    void *memory = realloc(old, size);
-
-    if (memory == NULL)
-        die("no memory: a forwarder ends here, its message stays in the queue");
-    return memory;
-}
-
-static char *copy_text(const char *text)
-{
-    return strcpy(allocate(NULL, strlen(text) + 1), text);
 }
 
 /* Who is named twice gets it once. */
@@ -664,12 +671,10 @@ static void settle_all(struct recipient **to, size_t count, enum outcome outcome
  * memory that is the caller's. */
 static char *outcome_lines(const struct message *m, enum outcome outcome, size_t *size)
 {
-    char *text = NULL, now[32];
-    FILE *lines = open_memstream(&text, size);
+    char *text = NULL, now[64];
+    FILE *lines = open_text(&text, size);
 
-    if (lines == NULL)
-        die("no memory: a forwarder ends here, its message stays in the queue");
-    stamp(now, time(NULL));
+    date_text(now, ISO_DATE, time(NULL));
     for (size_t i = 0; i < m->count; i++) {
         const struct recipient *r = &m->recipients[i];
 
@@ -717,7 +722,7 @@ static void remove_message(struct message *m)
 /* Writes the outcomes below the dot, in one write and synced.  When nobody is
  * owed the message any more, removing it is the record.  False: the disk does
  * not take it. */
-static bool record(struct message *m, enum outcome outcome)
+static bool write_outcomes(struct message *m, enum outcome outcome)
 {
     size_t size;
     char *text;
@@ -729,8 +734,11 @@ static bool record(struct message *m, enum outcome outcome)
         return true;
     }
     text = outcome_lines(m, outcome, &size);
-    if (size > 0)
-        ok = write(m->fd, text, size) == (ssize_t)size && fsync(m->fd) == 0;
+    if (size > 0) {     /* a torn line is ended: others may have written behind it */
+        ok = (!m->torn || write(m->fd, "\r\n", 2) == 2)
+            && write(m->fd, text, size) == (ssize_t)size && fsync(m->fd) == 0;
+        m->torn = !ok;
+    }
     free(text);
     if (ok)
         log_outcomes(m, outcome);
@@ -740,14 +748,12 @@ static bool record(struct message *m, enum outcome outcome)
 /* The exchanger has said 250.  Until this is recorded a crash would send the
  * message again: this is the one window for a duplicate.  So a full disk does
  * not end it: the record is tried until the process's time is up. */
-static void record_sent(struct message *m)
+static void write_sent(struct message *m)
 {
     struct timespec second = { 1, 0 };
 
-    while (!record(m, SENT)) {
+    while (!write_outcomes(m, SENT)) {
         logmsg("%s was sent, and that cannot be recorded (%s): free some space", m->id, strerror(errno));
-        if (ftruncate(m->fd, m->whole) != 0)
-            logmsg("%s has a torn line", m->id);
         nanosleep(&second, NULL);
     }
 }
@@ -773,8 +779,8 @@ struct exchange {
     int fd;
     int64_t deadline;                   /* of the step it is in */
     int64_t begun, connected, greeted;  /* microseconds; 0: not yet */
-    bool pipelining, eight_bit;         /* what EHLO offered */
-    unsigned long long max_size;        /* SIZE, 0 for any */
+    bool pipelining, eight_bit, sized;  /* what EHLO offered */
+    unsigned long long max_size;        /* SIZE's number, 0 for any */
     const char *id;                     /* the message's, for the log */
     int code;                           /* of the last reply */
     unsigned lines;                     /* of the reply that is being read */
@@ -788,6 +794,7 @@ struct route {
     struct exchange x[ADDRESS_LIMIT];   /* by preference */
     size_t count;
     enum outcome outcome;               /* SENT: there is a way; else why there is none */
+    bool whole;                         /* no exchanger is missing for want of an answer from DNS */
     char words[REPLY_SIZE];
 };
 
@@ -805,7 +812,8 @@ static void no_route(struct route *route, enum outcome outcome, const char *form
 static bool is_usable(const union address *a)
 {
     if (a->sa.sa_family == AF_INET6)
-        return !IN6_IS_ADDR_UNSPECIFIED(&a->in6.sin6_addr) && !IN6_IS_ADDR_MULTICAST(&a->in6.sin6_addr);
+        return !IN6_IS_ADDR_UNSPECIFIED(&a->in6.sin6_addr) && !IN6_IS_ADDR_MULTICAST(&a->in6.sin6_addr)
+            && !IN6_IS_ADDR_V4MAPPED(&a->in6.sin6_addr);   /* an IPv4 address in disguise: perhaps ours */
     return ntohl(a->in.sin_addr.s_addr) >> 24 != 0 && ntohl(a->in.sin_addr.s_addr) >> 28 < 14;
 }
 
@@ -813,15 +821,14 @@ static bool is_usable(const union address *a)
  * addresses, any that a socket of this machine can be bound to. */
 static bool is_self(const union address *a, unsigned port)
 {
-    static const unsigned char zero[16];
-    bool ipv6 = a->sa.sa_family == AF_INET6;
-    size_t size = ipv6 ? 16 : 4;
-    const void *octets = ipv6 ? (const void *)&a->in6.sin6_addr : &a->in.sin_addr;
+    static const unsigned char any[16];
+    size_t size;
+    const unsigned char *octets = address_octets(a, &size);
 
     for (size_t i = 0; i < settings.listening_count; i++) {
         const union address *l = &settings.listening[i];
-        const void *ours = ipv6 ? (const void *)&l->in6.sin6_addr : &l->in.sin_addr;
-        union address free_port = *a;
+        const unsigned char *ours = address_octets(l, &size);
+        union address probe = *a;
         int fd;
         bool here;
 
@@ -829,14 +836,11 @@ static bool is_self(const union address *a, unsigned port)
             continue;
         if (memcmp(ours, octets, size) == 0)
             return true;
-        if (memcmp(ours, zero, size) != 0)
+        if (memcmp(ours, any, size) != 0)
             continue;
-        if (ipv6)
-            free_port.in6.sin6_port = 0;
-        else
-            free_port.in.sin_port = 0;
-        fd = socket_open(&free_port, SOCK_DGRAM);
-        here = fd >= 0 && bind(fd, &free_port.sa, address_size(&free_port)) == 0;
+        address_set_port(&probe, 0);
+        fd = socket_open(&probe, SOCK_DGRAM);
+        here = fd >= 0 && bind(fd, &probe.sa, address_size(&probe)) == 0;
         if (fd >= 0)
             close(fd);
         if (here)
@@ -856,10 +860,7 @@ static bool add_address(struct route *route, const char *name, unsigned preferen
         return false;
     if (!is_usable(&a) || route->count == ADDRESS_LIMIT)
         return true;
-    if (a.sa.sa_family == AF_INET6)
-        a.in6.sin6_port = htons((uint16_t)port);
-    else
-        a.in.sin_port = htons((uint16_t)port);
+    address_set_port(&a, port);
     for (size_t i = 0; i < route->count; i++)
         if (memcmp(&route->x[i].address, &a, address_size(&a)) == 0)
             return true;
@@ -879,6 +880,7 @@ static void add_exchangers(struct route *route, const struct dns_record *mx, siz
 {
     struct dns_query *queries = allocate(NULL, 2 * EXCHANGER_LIMIT * sizeof *queries);
     const char *trouble = NULL;
+    bool self = false;
 
     if (count > EXCHANGER_LIMIT)
         count = EXCHANGER_LIMIT;
@@ -887,26 +889,23 @@ static void add_exchangers(struct route *route, const struct dns_record *mx, siz
         queries[i].type = i % 2 == 0 ? DNS_AAAA : DNS_A;
     }
     dns_ask(&settings.nameservers, queries, 2 * count);
-    for (size_t i = 0; i < 2 * count; i++) {
+    for (size_t i = 0; i < 2 * count; i++)
+        if (queries[i].status == DNS_FAILED)
+            trouble = queries[i].why;
+    for (size_t i = 0; i < 2 * count && !self; i++) {
         const struct dns_query *q = &queries[i];
 
-        if (q->status == DNS_FAILED)
-            trouble = q->why;
-        for (size_t k = 0; k < q->count; k++) {
-            if (add_address(route, q->name, mx[i / 2].preference, q->records[k].address, port))
-                continue;
-            /* RFC 5321 5.1: we are on the list.  Who is not better than we are
-             * would send it back to us. */
-            while (route->count > 0 && route->x[route->count - 1].preference >= mx[i / 2].preference)
-                route->count--;
-            if (route->count == 0)
-                no_route(route, FAILED, "5.4.6 mail for this domain would loop back to this relay");
-            free(queries);
-            return;
-        }
+        for (size_t k = 0; k < q->count && !self; k++)
+            self = !add_address(route, q->name, mx[i / 2].preference, q->records[k].address, port);
+        /* RFC 5321 5.1: who is not better than we are would send it back to us. */
+        while (self && route->count > 0 && route->x[route->count - 1].preference >= mx[i / 2].preference)
+            route->count--;
     }
+    route->whole = trouble == NULL;
     if (route->count == 0 && trouble != NULL)
         no_route(route, LATER, "4.4.3 no address of an exchanger: %s", trouble);
+    else if (route->count == 0 && self)
+        no_route(route, FAILED, "5.4.6 mail for this domain would loop back to this relay");
     else if (route->count == 0)
         no_route(route, FAILED, "5.4.4 no exchanger of this domain has a usable address");
     free(queries);
@@ -949,16 +948,17 @@ static void find_route(struct route *route, const char *domain)
     union address a;
 
     route->count = 0;
+    route->whole = true;
     route->outcome = SENT;
-    snprintf(literal, sizeof literal, "%s", domain);
     if (settings.smarthost != NULL)
         snprintf(literal, sizeof literal, "%s", settings.smarthost);
-    else if (domain[0] == '[')      /* [192.0.2.1] or [IPv6:2001:db8::1] */
-        snprintf(literal, sizeof literal, "%.*s", (int)strcspn(domain + 1, "]"),
-            domain + 1);
-    if (domain[0] == '[' && strncasecmp(literal, "IPv6:", 5) == 0)
-        memmove(literal, literal + 5, strlen(literal + 5) + 1);
-    if (address_parse(literal, port, &a)) {
+    else if (strncasecmp(domain, "[IPv6:", 6) == 0)         /* RFC 5321 4.1.3 */
+        snprintf(literal, sizeof literal, "%.*s", (int)strcspn(domain + 6, "]"), domain + 6);
+    else if (domain[0] == '[')
+        snprintf(literal, sizeof literal, "%.*s", (int)strcspn(domain + 1, "]"), domain + 1);
+    else
+        snprintf(literal, sizeof literal, "%s", domain);
+    if ((settings.smarthost != NULL || domain[0] == '[') && address_parse(literal, port, &a)) {
         if (!add_address(route, literal, 0, a, port))
             no_route(route, FAILED, "5.4.6 mail for this address would loop back to this relay");
         else if (route->count == 0)
@@ -974,13 +974,13 @@ static void find_route(struct route *route, const char *domain)
 /* ==== The dialogue ======================================================= */
 
 /* The client's time-outs, in seconds: RFC 5321 4.5.3.2. */
-enum step { CONNECT, GREETING, HELLO, MAIL, RCPT, DATA, BODY, FINAL_DOT, QUIT };
+enum step { CONNECT, GREETING, HELLO, ENVELOPE, DATA_COMMAND, MESSAGE, FINAL_DOT, QUIT };
 
 static const struct {
     const char *name;
     long seconds;
 } steps[] = {
-    { "connecting", 30 }, { "the greeting", 300 }, { "EHLO", 300 }, { "MAIL", 300 }, { "RCPT", 300 },
+    { "connecting", 30 }, { "the greeting", 300 }, { "EHLO", 300 }, { "MAIL and RCPT", 300 },
     { "DATA", 120 }, { "the message", 180 }, { "the final dot", 600 }, { "QUIT", 10 }
 };
 
@@ -1015,8 +1015,10 @@ static void note_extension(struct exchange *x, const char *text)
         x->pipelining = true;
     else if (length == 8 && strncasecmp(text, "8BITMIME", length) == 0)
         x->eight_bit = true;
-    else if (length == 4 && strncasecmp(text, "SIZE", length) == 0)
+    else if (length == 4 && strncasecmp(text, "SIZE", length) == 0) {
+        x->sized = true;
         x->max_size = strtoull(text + length, NULL, 10);
+    }
 }
 
 enum reading { MALFORMED, PARTIAL, COMPLETE };
@@ -1103,9 +1105,15 @@ static int read_reply(struct exchange *x, enum step step)
     }
 }
 
-/* Sends all of it, each wait for the exchanger bounded by the step's time. */
+/* Sends all of it, each wait for the exchanger bounded by the step's time.  Who
+ * has replied to what was not said yet does not speak SMTP, and may lie about
+ * having taken a message. */
 static bool send_bytes(struct exchange *x, const char *bytes, size_t size, enum step step)
 {
+    if (x->size > 0) {
+        lose(x, "a reply to nothing", step);
+        return false;
+    }
     while (size > 0) {
         ssize_t n = write(x->fd, bytes, size);
 
@@ -1148,19 +1156,23 @@ static enum outcome judge(int code)
     return code >= 200 && code < 300 ? SENT : code >= 500 && code < 600 ? FAILED : LATER;
 }
 
+static void forget_extensions(struct exchange *x)
+{
+    x->pipelining = x->eight_bit = x->sized = false;
+    x->max_size = 0;
+}
+
 /* EHLO, or HELO to who refuses it (RFC 5321 3.2). */
 static enum outcome say_hello(struct exchange *x)
 {
     int code;
 
-    x->pipelining = x->eight_bit = false;
-    x->max_size = 0;
+    forget_extensions(x);
     x->in_ehlo = true;
     code = say(x, HELLO, "EHLO %s\r\n", settings.hostname);
     x->in_ehlo = false;
     if (judge(code) == FAILED) {
-        x->pipelining = x->eight_bit = false;
-        x->max_size = 0;
+        forget_extensions(x);
         code = say(x, HELLO, "HELO %s\r\n", settings.hostname);
     }
     return judge(code);
@@ -1183,6 +1195,24 @@ static bool has_eight_bit(const struct message *m)
     return bits >= 0x80;
 }
 
+/* The message's size as RFC 1870 counts it: without the doubled dots. */
+static unsigned long long exact_size(const struct message *m)
+{
+    static char block[BLOCK];
+    unsigned long long size = (unsigned long long)(m->end - m->body);
+    char before = '\n';
+    ssize_t n;
+
+    for (off_t at = m->body; at < m->end; at += n) {
+        n = pread(m->fd, block, m->end - at < BLOCK ? (size_t)(m->end - at) : BLOCK, at);
+        if (n <= 0)
+            break;
+        for (ssize_t i = 0; i < n; before = block[i++])
+            size -= block[i] == '.' && before == '\n';
+    }
+    return size;
+}
+
 /* Sends the message and its final dot, as they stand in the file. */
 static bool send_message(struct exchange *x, const struct message *m)
 {
@@ -1200,7 +1230,7 @@ static bool send_message(struct exchange *x, const struct message *m)
             snprintf(x->words, sizeof x->words, "4.3.0 the spool cannot be read: %s", strerror(errno));
             return false;
         }
-        if (!send_bytes(x, block, (size_t)n, BODY))
+        if (!send_bytes(x, block, (size_t)n, MESSAGE))
             return false;
         at += n;
     }
@@ -1233,7 +1263,7 @@ static bool transfer_message(struct exchange *x, struct message *m, struct recip
         if (to[i]->accepted)
             settle(to[i], judge(sent ? code : x->code), x->label, x->words);
     if (judge(code) == SENT)
-        record_sent(m);
+        write_sent(m);
     hold_signals(false);
     return code != 0;
 }
@@ -1244,12 +1274,10 @@ static char *compose_envelope(const struct exchange *x, const struct message *m,
 {
     char *text = NULL;
     size_t size;
-    FILE *lines = open_memstream(&text, &size);
+    FILE *lines = open_text(&text, &size);
 
-    if (lines == NULL)
-        die("no memory: a forwarder ends here, its message stays in the queue");
     fprintf(lines, "MAIL FROM:<%s>", m->reverse_path);
-    if (x->max_size > 0)
+    if (x->sized)
         fprintf(lines, " SIZE=%lld", (long long)(m->end - m->body));
     fprintf(lines, "%s\r\n", x->eight_bit && (eight_bit || m->eight_bit) ? " BODY=8BITMIME" : "");
     for (size_t i = 0; i < count; i++)
@@ -1284,9 +1312,9 @@ static bool transact(struct exchange *x, struct message *m, struct recipient **t
     for (size_t i = 0; i < count; i++)
         to[i]->accepted = false;
     if (x->pipelining)
-        alive = send_bytes(x, text, strlen(text), MAIL);
+        alive = send_bytes(x, text, strlen(text), ENVELOPE);
     for (size_t i = 0; i <= count + 1 && alive; i++) {
-        enum step step = i == 0 ? MAIL : i <= count ? RCPT : DATA;
+        enum step step = i <= count ? ENVELOPE : DATA_COMMAND;
         size_t length = strcspn(line, "\n") + 1;
 
         log_exchange(x, "C", line, length - 2);
@@ -1393,10 +1421,9 @@ static void take_greeting(struct exchange *x)
 /* Waits until something happens to one of those on the way.  False: nobody is. */
 static bool watch(struct route *route)
 {
-    int64_t first = INT64_MAX, left;
-    struct timeval timeout;
+    int64_t first = INT64_MAX;
     fd_set readable, writable;
-    int top = -1, ready;
+    int top = -1;
 
     FD_ZERO(&readable);
     FD_ZERO(&writable);
@@ -1409,14 +1436,11 @@ static bool watch(struct route *route)
     }
     if (top < 0)
         return false;
-    left = first > clock_ms() ? first - clock_ms() : 0;
-    timeout.tv_sec = (time_t)(left / 1000);
-    timeout.tv_usec = (suseconds_t)(left % 1000 * 1000);
-    ready = select(top + 1, &readable, &writable, NULL, &timeout);
+    wait_sets(top, &readable, &writable, first);
     for (struct exchange *x = route->x; x < route->x + route->count; x++) {
-        if (ready > 0 && x->progress == CONNECTING && FD_ISSET(x->fd, &writable)) {
+        if (x->progress == CONNECTING && FD_ISSET(x->fd, &writable)) {
             finish_connecting(x);
-        } else if (ready > 0 && x->progress == AWAITING && FD_ISSET(x->fd, &readable)) {
+        } else if (x->progress == AWAITING && FD_ISSET(x->fd, &readable)) {
             take_greeting(x);
         } else if ((x->progress == CONNECTING || x->progress == AWAITING) && clock_ms() >= x->deadline) {
             lose(x, "no answer in time", x->progress == CONNECTING ? CONNECT : GREETING);
@@ -1432,10 +1456,8 @@ static void log_race(const struct route *route, int64_t start)
 {
     char *text = NULL;
     size_t size;
-    FILE *line = open_memstream(&text, &size);
+    FILE *line = open_text(&text, &size);
 
-    if (line == NULL)
-        return;
     for (const struct exchange *x = route->x; x < route->x + route->count; x++) {
         if (x->begun < start)
             continue;           /* it was not in this one */
@@ -1483,8 +1505,8 @@ static struct exchange *race(struct route *route, unsigned preference)
         if (x->progress == UNTRIED && x->preference == preference)
             start_connecting(x);
     do
-        for (struct exchange *x = route->x; x < end && winner == NULL; x++)
-            if (x->progress == GREETED)
+        for (struct exchange *x = route->x; x < end; x++)
+            if (x->progress == GREETED && (winner == NULL || x->greeted - x->begun < winner->greeted - winner->begun))
                 winner = x;
     while (winner == NULL && watch(route));
     log_race(route, start);
@@ -1524,14 +1546,15 @@ static bool transact_all(struct exchange *x, struct message *m, struct recipient
 }
 
 /* The whole dialogue with an exchanger that has greeted us. */
-static void converse(struct exchange *x, struct message *m, struct recipient **to, size_t count)
+static void talk(struct exchange *x, struct message *m, struct recipient **to, size_t count)
 {
     enum outcome hello = say_hello(x);
-    bool alive = x->code != 0, eight_bit = has_eight_bit(m);
+    bool alive = x->code != 0, eight_bit = (m->eight_bit && x->eight_bit) || has_eight_bit(m);
+    bool doubtful = x->max_size > 0 && (unsigned long long)(m->end - m->body) > x->max_size;
 
     if (hello != SENT)
         settle_all(to, count, hello, x->label, x->words);
-    else if (x->max_size > 0 && (unsigned long long)(m->end - m->body) > x->max_size)
+    else if (doubtful && exact_size(m) > x->max_size)
         settle_all(to, count, FAILED, x->label, "5.3.4 the message is larger than this exchanger takes");
     else if (eight_bit && !x->eight_bit)    /* RFC 6152 3: we do not convert */
         settle_all(to, count, FAILED, x->label, "5.6.3 8-bit content, and this exchanger offers no 8BITMIME");
@@ -1575,15 +1598,15 @@ static bool deliver(struct message *m, struct recipient **to, size_t count)
 
         if (x != NULL) {
             reached = true;
-            converse(x, m, to, count);
+            talk(x, m, to, count);
             continue;
         }
         blame_last(route, preference, to, count);
         for (; i < route->count && route->x[i].preference == preference; i++)
             refused = refused && route->x[i].refused;
     }
-    for (size_t k = 0; k < count; k++)      /* a 5xx greeting from all: nobody there takes mail */
-        if (to[k]->pending && route->count > 0 && refused) {
+    for (size_t k = 0; k < count; k++)      /* a 5xx greeting from all: RFC 5321 3.1, nobody there takes mail */
+        if (to[k]->pending && route->count > 0 && route->whole && refused) {
             to[k]->outcome = FAILED;
             to[k]->pending = false;
         }
@@ -1628,9 +1651,9 @@ static void write_delivery_status(FILE *out, const struct message *m)
 {
     char date[64], status[16];
 
-    mail_date(date, id_time(m->id));
+    date_text(date, MAIL_DATE, id_time(m->id));
     fprintf(out, "Reporting-MTA: dns; %s\r\nArrival-Date: %s\r\n", settings.hostname, date);
-    mail_date(date, time(NULL));
+    date_text(date, MAIL_DATE, time(NULL));
     for (size_t i = 0; i < m->count; i++) {
         const struct recipient *r = &m->recipients[i];
         size_t name = r->said != NULL ? strcspn(r->said, "[ ") : 0, relay = r->said != NULL ? strcspn(r->said, " ") : 0;
@@ -1672,7 +1695,7 @@ static void write_report(FILE *out, const struct message *m, const char *id)
 {
     char date[64];
 
-    mail_date(date, time(NULL));
+    date_text(date, MAIL_DATE, time(NULL));
     fprintf(out, "HELO %s\r\nMAIL FROM:<>\r\nRCPT TO:<%s>\r\nDATA\r\n", settings.hostname, m->reverse_path);
     fprintf(out, "Date: %s\r\nFrom: Mail relay <MAILER-DAEMON@%s>\r\nTo: <%s>\r\n", date, settings.hostname,
         m->reverse_path);
@@ -1711,29 +1734,23 @@ static bool report_failures(const struct message *m, struct draft *report)
     }
     if (!draft_open(report, 0))
         return false;
-    out = open_memstream(&text, &size);
-    if (out == NULL)
-        die("no memory: a forwarder ends here, its message stays in the queue");
+    out = open_text(&text, &size);
     write_report(out, m, report->id);
     fclose(out);
     draft_add(report, text, size);
     free(text);
-    if (!store(report)) {
-        draft_drop(report);
+    if (!store(report))
         return false;
-    }
     logmsg("%s failures are reported to=<%s> by %s", m->id, m->reverse_path, report->id);
     return true;
 }
 
 /* ==== Forwarders ========================================================= */
 
-/* The recipients of one domain, tried in a process of their own. */
+/* The recipients of one domain. */
 struct party {
     struct recipient **to;
     size_t count;
-    pid_t pid;
-    int results;        /* the failed outcomes come from here */
 };
 
 /* Puts the pending recipients into `order`, those of a domain side by side, and
@@ -1757,8 +1774,8 @@ static size_t make_parties(struct message *m, struct recipient **order, struct p
             }
         }
         if (ordered > first) {
-            struct party party = { order + first, ordered - first, -1, -1 };
-            parties[count++] = party;
+            parties[count].to = order + first;
+            parties[count++].count = ordered - first;
         }
     }
     return count;
@@ -1766,90 +1783,69 @@ static size_t make_parties(struct message *m, struct recipient **order, struct p
 
 /* A child for one domain.  It holds a lock of its own, on the octet after the
  * message's: if its parent is killed, nobody tries the message again before the
- * child is done, too.  What failed goes to the parent, who reports it first. */
-static void start_party(struct message *m, struct party *p, off_t number)
+ * child is done, too.  What failed is left to the parent, who reports it before
+ * it is recorded.  False: there is no process for it. */
+static bool start_party(struct message *m, const struct party *p, off_t number, struct draft *failures)
 {
-    int ends[2];
-    size_t size;
-    pid_t parent = getpid();
-    char *failures;
+    pid_t parent = getpid(), pid = fork();
     bool reached;
+    size_t size;
+    char *text;
 
-    if (pipe(ends) != 0)
-        return;
-    p->pid = fork();
-    if (p->pid != 0) {
-        close(ends[1]);
-        p->results = ends[0];
-        return;
-    }
-    close(ends[0]);
+    if (pid != 0)
+        return pid > 0;
     alarm(TRY_LIMIT);
     if (!lock_octets(m->fd, F_WRLCK, number, 1) || getppid() != parent)
         _exit(1);
     m->part = true;
     reached = deliver(m, p->to, p->count);
     expire(m, p->to, p->count);
-    if (!record(m, LATER))
+    if (!write_outcomes(m, LATER))
         logmsg("%s outcomes cannot be recorded (%s)", m->id, strerror(errno));
-    failures = outcome_lines(m, FAILED, &size);
-    for (size_t done = 0; done < size; ) {
-        ssize_t n = write(ends[1], failures + done, size - done);
-        if (n <= 0)
-            _exit(1);
-        done += (size_t)n;
-    }
+    text = outcome_lines(m, FAILED, &size);
+    draft_add(failures, text, size);
     _exit(reached ? FORWARD_DONE : FORWARD_UNREACHABLE);
 }
 
-/* Waits for a party's end.  Adds its failures to `failures`; true if it reached
- * anybody. */
-static bool end_party(struct party *p, FILE *failures)
+/* What the children have recorded, and what they leave to be reported. */
+static void read_results(struct message *m, const struct draft *failures)
 {
-    char block[4096];
-    ssize_t n;
-    int status = 0;
+    struct reader r = { .fd = failures->fd };
+    char *line;
 
-    if (p->pid < 0)
-        return true;        /* no process was left for it: not the exchanger's fault */
-    while ((n = read(p->results, block, sizeof block)) > 0 || (n < 0 && errno == EINTR))
-        if (n > 0)
-            fwrite(block, 1, (size_t)n, failures);
-    close(p->results);
-    while (waitpid(p->pid, &status, 0) < 0 && errno == EINTR)
-        ;
-    return !WIFEXITED(status) || WEXITSTATUS(status) != FORWARD_UNREACHABLE;
+    read_outcomes(m);
+    for (size_t i = 0; i < m->count; i++) {
+        m->recipients[i].unrecorded = false;
+        m->recipients[i].pending = m->recipients[i].outcome == LATER;
+    }
+    while ((line = read_line(&r)) != NULL)
+        apply_outcome(m, line);
+    for (size_t i = 0; i < m->count; i++)
+        m->recipients[i].unrecorded = m->recipients[i].pending && m->recipients[i].outcome == FAILED;
 }
 
-/* Several domains: side by side, so that a dead one delays no other. */
-static bool deliver_parties(struct message *m, struct party *parties, size_t count)
+/* Several domains, some side by side, so that a dead one delays no other. */
+static bool deliver_parties(struct message *m, const struct party *parties, size_t count)
 {
-    char *text = NULL, *line, *next;
-    size_t size, ended = 0;
+    struct draft failures;
+    size_t begun = 0, running = 0;
     bool reached = false;
-    FILE *failures = open_memstream(&text, &size);
+    int status;
 
-    if (failures == NULL)
-        die("no memory: a forwarder ends here, its message stays in the queue");
+    if (!draft_open(&failures, 0))
+        return true;
     lock_octets(m->fd, F_UNLCK, 1, 0);      /* the others' octets are free for their children */
-    for (size_t i = 0; i < count; i++) {
-        if (i - ended == DOMAINS_AT_ONCE)
-            reached = end_party(&parties[ended++], failures) || reached;
-        start_party(m, &parties[i], (off_t)i + 1);
+    while (begun < count || running > 0) {
+        if (begun < count && running < DOMAINS_AT_ONCE) {
+            running += start_party(m, &parties[begun], (off_t)begun + 1, &failures);
+            begun++;
+        } else if (wait(&status) > 0) {
+            running--;
+            reached = reached || !WIFEXITED(status) || WEXITSTATUS(status) != FORWARD_UNREACHABLE;
+        }
     }
-    while (ended < count)
-        reached = end_party(&parties[ended++], failures) || reached;
-    fclose(failures);
-    read_outcomes(m);           /* what the children have recorded */
-    for (line = text; *line != '\0'; line = next) {
-        next = strchr(line, '\n') + 1;
-        line[strcspn(line, "\r")] = '\0';
-        apply_outcome(m, line);
-    }
-    for (size_t i = 0; i < count; i++)
-        for (size_t k = 0; k < parties[i].count; k++)
-            parties[i].to[k]->unrecorded = parties[i].to[k]->outcome == FAILED;
-    free(text);
+    read_results(m, &failures);
+    draft_drop(&failures);
     return reached;
 }
 
@@ -1866,7 +1862,7 @@ static void conclude(struct message *m, struct draft *report)
         logmsg("%s failures cannot be reported now: they will be found again", m->id);
         return;                 /* the next try is due already, set ahead */
     }
-    if ((failed && !record(m, FAILED)) || !record(m, LATER))
+    if ((failed && !write_outcomes(m, FAILED)) || !write_outcomes(m, LATER))
         logmsg("%s outcomes cannot be recorded (%s)", m->id, strerror(errno));
     if (owed)
         set_due(m, time(NULL) + (time_t)back_off(m->age));
@@ -1916,8 +1912,7 @@ static void forward(struct message *m)
     _exit(reached ? FORWARD_DONE : FORWARD_UNREACHABLE);
 }
 
-/* Offers an id to the server.  It may be told later that nobody took it: the
- * runner finds the message again. */
+/* Offers an id to the server.  False: the pipe is full, or nobody reads it. */
 static bool offer(int due_fd, const char *id, uint32_t lane)
 {
     char line[DUE_SIZE + 1];
@@ -1936,16 +1931,15 @@ void hand_over(struct draft *d, int reply_fd, int due_fd, uint32_t lane, bool fo
     stored = store(d);
     snprintf(reply, sizeof reply, stored ? "250 2.0.0 Ok: queued as %s" : "%s",
         stored ? d->id : draft_refusal(d->error));
-    /* From here on the mail is ours, even if the client does not hear it. */
+    /* It is ours, even if the client does not hear it. */
     if (write(reply_fd, reply, strlen(reply)) < 0)
         logmsg("%s nobody waits for: %s", d->id, reply);
     close(reply_fd);
     hold_signals(false);
-    if (!stored) {
-        draft_drop(d);
+    if (!stored)
         _exit(1);
-    }
     if (!forward_now) {
+        draft_forget(d);        /* who takes the offer needs the lock */
         offer(due_fd, d->id, lane);
         _exit(1);
     }
@@ -1957,6 +1951,28 @@ void hand_over(struct draft *d, int reply_fd, int due_fd, uint32_t lane, bool fo
     forward(&m);
 }
 
+/* When is this file due?  0: it is none of ours. */
+static time_t due_time(const char *id, bool make_due, bool complain)
+{
+    int64_t most = settings.retry > RETRY_LIMIT ? settings.retry : RETRY_LIMIT;
+    time_t now = time(NULL);
+    struct stat st;
+
+    if (lstat(spool_path("queue", id), &st) != 0)
+        return 0;
+    if (id_time(id) == 0 || !S_ISREG(st.st_mode) || st.st_uid != geteuid()) {
+        if (complain)
+            logmsg("queue/%s is no message of ours: left alone", id);
+        return 0;
+    }
+    if (make_due && st.st_mtime > now) {
+        utimensat(AT_FDCWD, spool_path("queue", id), NULL, AT_SYMLINK_NOFOLLOW);
+        return now;
+    }
+    /* Further away than any back-off: the clock was wrong, then or now. */
+    return st.st_mtime > now + most ? now : st.st_mtime;
+}
+
 void forward_due(const char *id)
 {
     struct message m;
@@ -1964,7 +1980,8 @@ void forward_due(const char *id)
     int fd = id_time(id) != 0 ? open_queued(id, O_RDWR | O_APPEND) : -1;
 
     /* Somebody else may have it, or may have been done with it just now. */
-    if (fd < 0 || !lock_octets(fd, F_WRLCK, 0, 0) || fstat(fd, &st) != 0 || st.st_nlink == 0)
+    if (fd < 0 || !lock_octets(fd, F_WRLCK, 0, 0) || fstat(fd, &st) != 0 || st.st_nlink == 0
+        || due_time(id, false, false) > time(NULL))
         _exit(1);
     if (!message_read(&m, fd, id)) {
         logmsg("%s is not a message of ours: left alone", id);
@@ -1975,11 +1992,10 @@ void forward_due(const char *id)
 
 /* ==== The queue ========================================================== */
 
-static volatile sig_atomic_t all_due, woken;
+static volatile sig_atomic_t all_due;
 
 static void on_wake(int number)
 {
-    woken = 1;
     if (number == SIGHUP)
         all_due = 1;
 }
@@ -2016,28 +2032,6 @@ static void offer_due(int due_fd, const char *id, pid_t server, bool complain)
     message_free(&m);
 }
 
-/* When is this file due?  0: it is none of ours. */
-static time_t due_time(const char *id, bool make_due, bool complain)
-{
-    int64_t most = settings.retry > RETRY_LIMIT ? settings.retry : RETRY_LIMIT;
-    time_t now = time(NULL);
-    struct stat st;
-
-    if (lstat(spool_path("queue", id), &st) != 0)
-        return 0;
-    if (id_time(id) == 0 || !S_ISREG(st.st_mode) || st.st_uid != geteuid()) {
-        if (complain)
-            logmsg("queue/%s is no message of ours: left alone", id);
-        return 0;
-    }
-    if (make_due && st.st_mtime > now) {
-        utimensat(AT_FDCWD, spool_path("queue", id), NULL, AT_SYMLINK_NOFOLLOW);
-        return now;
-    }
-    /* Further away than any back-off: the clock was wrong, then or now. */
-    return st.st_mtime > now + most ? now : st.st_mtime;
-}
-
 /* Looks once through the queue.  Returns when the next file will be due. */
 static time_t search_queue(int due_fd, pid_t server, bool make_due, bool complain)
 {
@@ -2045,6 +2039,7 @@ static time_t search_queue(int due_fd, pid_t server, bool make_due, bool complai
     DIR *queue = opendir("queue");
     struct dirent *entry;
 
+    clear_drafts();
     if (queue == NULL && chdir(settings.spool) != 0)    /* it was taken away: perhaps it is back */
         return next;
     while (queue != NULL && (entry = readdir(queue)) != NULL && getppid() == server) {
@@ -2060,6 +2055,12 @@ static time_t search_queue(int due_fd, pid_t server, bool make_due, bool complai
     return next;
 }
 
+static int64_t clamp(int64_t value, int64_t least, int64_t most)
+{
+    value = value < least ? least : value;
+    return value > most ? most : value;
+}
+
 void run_queue(int due_fd, pid_t server)
 {
     struct sigaction action = { .sa_handler = on_wake };
@@ -2071,31 +2072,24 @@ void run_queue(int due_fd, pid_t server)
     sigaddset(&wakers, SIGHUP);
     sigaddset(&wakers, SIGUSR1);
     sigprocmask(SIG_BLOCK, &wakers, &open);
+    sigdelset(&open, SIGHUP);       /* they come only while it naps */
+    sigdelset(&open, SIGUSR1);
     sigaction(SIGHUP, &action, NULL);
     sigaction(SIGUSR1, &action, NULL);
     for (; getppid() == server; first = false) {
         int64_t begun = clock_ms(), nap;
         bool make_due = all_due;
+        struct timespec timeout;
         time_t next;
 
-        woken = all_due = 0;
+        all_due = 0;
         next = search_queue(due_fd, server, make_due, first);
         nap = ((int64_t)next - (int64_t)time(NULL)) * 1000;
-        if (nap > settings.retry * 1000)
-            nap = settings.retry * 1000;
-        if (nap < 1000)
-            nap = 1000;
-        if (nap < 10 * (clock_ms() - begun))    /* a long search is not to be made all the time */
-            nap = 10 * (clock_ms() - begun);
-        if (nap > NAP_LIMIT * 1000)
-            nap = NAP_LIMIT * 1000;
-        if (!woken) {
-            struct timespec timeout;
-
-            timeout.tv_sec = (time_t)(nap / 1000);
-            timeout.tv_nsec = (long)(nap % 1000) * 1000000;
-            pselect(0, NULL, NULL, NULL, &timeout, &open);
-        }
+        nap = clamp(nap, 1000, settings.retry * 1000);
+        nap = clamp(nap, 10 * (clock_ms() - begun), NAP_LIMIT * 1000);  /* long searches are rare ones */
+        timeout.tv_sec = (time_t)(nap / 1000);
+        timeout.tv_nsec = (long)(nap % 1000) * 1000000;
+        pselect(0, NULL, NULL, NULL, &timeout, &open);
     }
     _exit(0);
 }
@@ -2105,21 +2099,14 @@ static int compare_ids(const void *a, const void *b)
     return strcmp(a, b);
 }
 
-/* 90061 becomes 1d1h. */
+/* 90061 becomes 1d01h01m. */
 static const char *duration(char text[32], int64_t seconds)
 {
-    static const struct { int64_t seconds; char unit; } units[] = { { 86400, 'd' }, { 3600, 'h' }, { 60, 'm' }, { 1, 's' } };
-    size_t i = 0;
-
-    if (seconds < 0)
-        seconds = 0;
-    while (i < 3 && seconds < units[i].seconds)
-        i++;
-    if (i < 3 && seconds % units[i].seconds >= units[i + 1].seconds)
-        snprintf(text, 32, "%lld%c%lld%c", (long long)(seconds / units[i].seconds), units[i].unit,
-            (long long)(seconds % units[i].seconds / units[i + 1].seconds), units[i + 1].unit);
+    if (seconds < 3600)
+        snprintf(text, 32, "%lldm%02llds", (long long)(seconds > 0 ? seconds / 60 : 0), (long long)(seconds > 0 ? seconds % 60 : 0));
     else
-        snprintf(text, 32, "%lld%c", (long long)(seconds / units[i].seconds), units[i].unit);
+        snprintf(text, 32, "%lldd%02lldh%02lldm", (long long)(seconds / 86400), (long long)(seconds / 3600 % 24),
+            (long long)(seconds / 60 % 60));
     return text;
 }
 
@@ -2136,7 +2123,7 @@ static size_t list_message(const char *id, long long *octets)
 
     if (fd < 0)
         return 0;
-    if (fstat(fd, &st) == 0 && message_read(&m, fd, id)) {
+    if (message_read(&m, fd, id) && fstat(fd, &st) == 0) {
         printf("%s  %lld octets  age %s  from <%s>  ", id, (long long)(m.end - m.body),
             duration(age, (int64_t)now - id_time(id)), m.reverse_path);
         if (is_locked(fd))
@@ -2175,7 +2162,8 @@ int list_queue(void)
         strcpy(ids[count++], entry->d_name);
     }
     closedir(queue);
-    qsort(ids, count, sizeof *ids, compare_ids);    /* the oldest first */
+    if (count > 0)
+        qsort(ids, count, sizeof *ids, compare_ids);    /* the oldest first */
     for (size_t i = 0; i < count; i++) {
         size_t owed = list_message(ids[i], &octets);
 

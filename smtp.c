@@ -36,7 +36,6 @@
 #include <stdlib.h>
 #include <string.h>
 #include <strings.h>
-#include <sys/select.h>
 #include <sys/stat.h>
 #include <sys/wait.h>
 #include <unistd.h>
@@ -54,7 +53,8 @@ enum {
     RESERVE = LISTENERS + 16,   /* descriptors that are no client's */
     WAITING_LIMIT = 1024,   /* ids that wait in memory for a forwarder */
     FAILING_LANES = 64,     /* places known not to answer */
-    FAILING_WAITING = 8     /* ids that may wait for one of them */
+    FAILING_WAITING = 8,    /* ids that may wait for one of them */
+    ACCEPTS = 64            /* clients accepted before the others are served again */
 };
 
 struct settings settings = {
@@ -183,6 +183,13 @@ static struct session *sessions[FD_SETSIZE];
 static size_t session_count, session_limit;
 static bool divided;        /* this process only serves the sessions it was born with */
 
+static void close_fd(int *fd)
+{
+    if (*fd >= 0)
+        close(*fd);
+    *fd = -1;
+}
+
 /* Puts `size` octets in place of what the buffer holds.  `bytes` may be a part
  * of it.  False: no memory. */
 static bool buffer_set(struct buffer *b, const char *bytes, size_t size)
@@ -221,7 +228,23 @@ static void reset(struct session *s)
         free(s->tx);
         s->tx = NULL;
     }
-    s->phase = s->helo != NULL ? READY : CONNECTED;
+    if (s->phase != GONE)
+        s->phase = s->helo != NULL ? READY : CONNECTED;
+}
+
+/* Closes what this process has of a client, and forgets it.  The draft stays as
+ * it is. */
+static void forget_session(struct session *s)
+{
+    close_fd(&s->fd);
+    close_fd(&s->pipe);
+    if (s->tx != NULL)
+        draft_forget(&s->tx->draft);
+    free(s->tx);
+    free(s->helo);
+    free(s->in.bytes);
+    free(s->out.bytes);
+    free(s);
 }
 
 static void extend_deadline(struct session *s)
@@ -280,6 +303,8 @@ static void reply(struct session *s, const char *format, ...)
 static void start_closing(struct session *s)
 {
     reset(s);
+    if (s->phase == GONE)
+        return;
     s->phase = CLOSING;
     s->deadline = clock_ms() + LINGER;
     flush(s);
@@ -309,57 +334,50 @@ static size_t listener_count;
 static int64_t rest_until;  /* nothing is accepted before: something has run out */
 static int64_t runner_from; /* no queue runner is started before */
 
-static void close_fd(int *fd)
-{
-    if (*fd >= 0)
-        close(*fd);
-    *fd = -1;
-}
-
-/* Forgets all clients: closes what this process has of them and leaves the
- * drafts alone. */
 static void forget_sessions(void)
 {
-    while (session_count > 0) {
-        struct session *s = sessions[--session_count];
-
-        close_fd(&s->fd);
-        close_fd(&s->pipe);
-        if (s->tx != NULL)
-            draft_forget(&s->tx->draft);
-        free(s->tx);
-        free(s->helo);
-        free(s->in.bytes);
-        free(s->out.bytes);
-        free(s);
-    }
+    while (session_count > 0)
+        forget_session(sessions[--session_count]);
 }
 
-/* A child must keep no socket of the server's: a client whose server has hung
- * up would hear nothing of it until the slowest forwarder is done.  The due
- * pipe's read end, too: writing to a pipe that only has writers waits for ever. */
-static void forget_all(void)
+static void close_listeners(void)
 {
-    forget_sessions();
     while (listener_count > 0)
         close_fd(&listeners[--listener_count]);
+}
+
+/* What only the server itself has: a child that kept a listening socket would
+ * keep its port taken; one that kept the due pipe's read end would keep its
+ * writers from hearing that the server is no more. */
+static void forget_server(void)
+{
+    close_listeners();
     close_fd(&due_pipe[0]);
     close_fd(&spool_lock);
     child_count = 0;
 }
 
-/* Gives signals their common meaning again, for a child. */
+/* A child that serves nobody keeps no client's socket either: a client whose
+ * server has hung up would hear nothing of it until the slowest child is done. */
+static void forget_all(void)
+{
+    forget_sessions();
+    forget_server();
+}
+
+/* Gives signals their common meaning again, for a child.  SIGHUP and SIGUSR1
+ * stay blocked: they are for the runner, which opens itself to them in time. */
 static void default_signals(void)
 {
-    static const int caught[] = { SIGTERM, SIGINT, SIGCHLD };
-    sigset_t none;
+    static const int caught[] = { SIGTERM, SIGINT, SIGCHLD, SIGHUP };
+    sigset_t blocked;
 
     for (size_t i = 0; i < sizeof caught / sizeof caught[0]; i++)
         signal(caught[i], SIG_DFL);
-    signal(SIGHUP, SIG_IGN);        /* meant for the server; the runner takes it up again, and SIGUSR1 */
-    signal(SIGUSR1, SIG_IGN);
-    sigemptyset(&none);
-    sigprocmask(SIG_SETMASK, &none, NULL);
+    sigemptyset(&blocked);
+    sigaddset(&blocked, SIGHUP);
+    sigaddset(&blocked, SIGUSR1);
+    sigprocmask(SIG_SETMASK, &blocked, NULL);
 }
 
 /* fork(), and the child entered in the books.  -1 when the machine has no
@@ -367,20 +385,19 @@ static void default_signals(void)
 static pid_t spawn(enum role role, uint32_t lane)
 {
     struct child *room = realloc(children, (child_count + 1) * sizeof *children);
-    pid_t pid;
+    struct child child = { -1, role, lane };
 
-    if (room == NULL)
-        return -1;
-    children = room;
-    pid = fork();
-    if (pid < 0) {
-        logmsg("fork failed (%s): resting for a second", strerror(errno));
+    if (room != NULL) {
+        children = room;
+        child.pid = fork();
+    }
+    if (child.pid < 0) {
+        logmsg("no process can be made (%s): resting for a second", strerror(errno));
         rest_until = clock_ms() + REST;
-    } else if (pid > 0) {
-        struct child child = { pid, role, lane };
+    } else if (child.pid > 0) {
         children[child_count++] = child;
     }
-    return pid;
+    return child.pid;
 }
 
 static pid_t find_child(enum role role)
@@ -398,7 +415,7 @@ static pid_t find_child(enum role role)
  * where the runner finds it again.  Three rules keep one place that does not
  * answer from holding up the others: a quarter of the slots is for fresh mail;
  * no lane has more than half of the slots; and a lane in which nobody was
- * reachable has one slot, and few that wait, until somebody is.
+ * reachable has few slots, and few that wait, until somebody is.
  */
 struct due {
     char id[ID_SIZE];
@@ -419,19 +436,34 @@ static bool is_failing(uint32_t lane)
     return false;
 }
 
-/* May one more forwarder start in this lane? */
-static bool slot_free(uint32_t lane, bool fresh)
+/* How many forwarders there are, in this lane or in all. */
+static long count_forwarders(const uint32_t *lane)
 {
-    long busy = 0, same = 0, reserved = fresh ? 0 : settings.forwarders / 4;
-    long share = lane == 0 ? settings.forwarders : (settings.forwarders + 1) / 2;
+    long count = 0;
 
     for (size_t i = 0; i < child_count; i++)
-        if (children[i].role == FORWARDS) {
-            busy++;
-            same += children[i].lane == lane;
-        }
-    return !divided && clock_ms() >= rest_until && busy < settings.forwarders - reserved
-        && same < (is_failing(lane) ? 1 : share);
+        count += children[i].role == FORWARDS && (lane == NULL || children[i].lane == *lane);
+    return count;
+}
+
+/* How many more forwarders may start: for mail from the queue, or for fresh mail. */
+static long slots_left(bool fresh)
+{
+    if (divided || clock_ms() < rest_until)
+        return 0;
+    return settings.forwarders - (fresh ? 0 : settings.forwarders / 4) - count_forwarders(NULL);
+}
+
+/* May one more forwarder start in this lane? */
+static bool lane_free(uint32_t lane)
+{
+    long share = (settings.forwarders + 1) / 2;
+
+    if (is_failing(lane))
+        share = 1 + settings.forwarders / 10;
+    else if (lane == 0)
+        share = settings.forwarders;
+    return count_forwarders(&lane) < share;
 }
 
 /* Lets an id wait.  One that does not fit is found again by the runner. */
@@ -459,14 +491,19 @@ static void judge_lane(uint32_t lane, bool reached)
     while (i < failing_count && failing[i] != lane)
         i++;
     if (reached) {
-        if (i < failing_count)
-            failing[i] = failing[--failing_count];
+        if (i == failing_count)
+            return;
+        failing[i] = failing[--failing_count];
+        overflowed = true;      /* its other messages are only in the queue */
     } else if (i == failing_count) {
         if (failing_count == FAILING_LANES)     /* the oldest has to prove it again */
             memmove(failing, failing + 1, --failing_count * sizeof failing[0]);
         failing[failing_count++] = lane;
-        for (i = waiting_count = 0; i < waiting_before; i++)
-            add_waiting(waiting[i].id, waiting[i].lane);    /* the same list, fewer of this lane */
+        for (i = waiting_count = 0; i < waiting_before; i++) {
+            struct due due = waiting[i];
+
+            add_waiting(due.id, due.lane);      /* the same list, fewer of this lane */
+        }
     }
 }
 
@@ -474,11 +511,12 @@ static void judge_lane(uint32_t lane, bool reached)
 static void forward_waiting(void)
 {
     size_t left = 0;
+    long slots = slots_left(false);
 
     for (size_t i = 0; i < waiting_count; i++) {
         pid_t pid = -1;
 
-        if (slot_free(waiting[i].lane, false))
+        if (slots > 0 && lane_free(waiting[i].lane))
             pid = spawn(FORWARDS, waiting[i].lane);
         if (pid == 0) {
             forget_all();
@@ -488,6 +526,8 @@ static void forward_waiting(void)
         }
         if (pid < 0)
             waiting[left++] = waiting[i];
+        else
+            slots--;
     }
     waiting_count = left;
     if (overflowed && left == 0) {
@@ -635,46 +675,44 @@ static bool is_word(const char *text)
     return *text != '\0' && strlen(text) <= DOMAIN_LIMIT && strchr(text, ' ') == NULL;
 }
 
-/* HELO and EHLO say who is there, and reset (RFC 5321 4.1.4). */
-static bool greet(struct session *s, const char *name)
+/* HELO and EHLO say who is there, and reset (RFC 5321 4.1.4).  False: they do
+ * not, and the client has been told. */
+static bool greet(struct session *s, const char *verb, const char *name)
 {
-    char *copy = malloc(strlen(name) + 1);
+    char *copy;
 
+    if (!is_word(name)) {
+        reply(s, "501 Syntax: %s hostname", verb);
+        return false;
+    }
+    copy = malloc(strlen(name) + 1);
     if (copy == NULL) {
         reply(s, "451 4.3.0 Error: out of memory, try again later");
         return false;
     }
-    strcpy(copy, name);
     free(s->helo);
-    s->helo = copy;
+    s->helo = strcpy(copy, name);
+    s->extended = verb[0] == 'E';
     reset(s);
     return true;
 }
 
 static void do_helo(struct session *s, const char *argument)
 {
-    if (!is_word(argument)) {
-        reply(s, "501 Syntax: HELO hostname");
-    } else if (greet(s, argument)) {
-        s->extended = false;
+    if (greet(s, "HELO", argument))
         reply(s, "250 %u OK", s->port);
-    }
 }
 
 static void do_ehlo(struct session *s, const char *argument)
 {
-    if (!is_word(argument)) {
-        reply(s, "501 Syntax: EHLO hostname");
-    } else if (greet(s, argument)) {
-        s->extended = true;
+    if (greet(s, "EHLO", argument))
         reply(s, "250-%s greets %u\r\n250-PIPELINING\r\n250-SIZE %llu\r\n250-8BITMIME\r\n250 ENHANCEDSTATUSCODES",
             settings.hostname, s->port, settings.max_size);
-    }
 }
 
 /* Appends a line to the draft.  False: that failed, which the client has been
  * told, and the transaction is over. */
-static bool record(struct session *s, const char *format, ...)
+static bool note(struct session *s, const char *format, ...)
 {
     char line[1024];
     va_list arguments;
@@ -690,73 +728,51 @@ static bool record(struct session *s, const char *format, ...)
     return false;
 }
 
-/* Takes the next " keyword=value" from `p`; both point into `text` then.
- * Returns the place behind it, or NULL when that is not what stands there. */
-static const char *take_parameter(const char *p, char text[COMMAND_LIMIT], char **value)
+#define TOO_BIG "552 5.3.4 Error: message too big, EHLO tells the limit"
+#define BAD_MAIL "501 5.5.4 Syntax: MAIL FROM:<address>"
+
+/* MAIL's parameters: SIZE (RFC 1870) and BODY (RFC 6152), each once.  Returns
+ * what is to be said against them, or NULL. */
+static const char *read_mail_parameters(const char *p, bool *eight_bit)
 {
-    size_t length;
+    bool sized = false, bodied = false;
+    size_t length, digits;
 
-    while (*p == ' ')
-        p++;
-    length = strcspn(p, " ");
-    memcpy(text, p, length);
-    text[length] = '\0';
-    *value = strchr(text, '=');
-    if (*value != NULL)
-        *(*value)++ = '\0';
-    return is_let_dig(text[0]) ? p + length : NULL;
-}
-
-enum { SYNTAX = -1, UNKNOWN = -2, TOO_BIG = -3 };
-
-/* MAIL's parameters: SIZE (RFC 1870) and BODY (RFC 6152), each once.  Returns 1
- * for BODY=8BITMIME, 0 for none, or one of the above. */
-static int read_mail_parameters(const char *p)
-{
-    char text[COMMAND_LIMIT], *value;
-    bool sized = false, bodied = false, eight_bit = false;
-
-    while (*p != '\0') {
-        if (*p != ' ' || (p = take_parameter(p, text, &value)) == NULL)
-            return SYNTAX;
-        if (strcasecmp(text, "SIZE") == 0) {
-            if (sized || value == NULL || *value == '\0' || strspn(value, "0123456789") != strlen(value)
-                || strlen(value) > 20)
-                return SYNTAX;
+    for (*eight_bit = false; *p != '\0'; p += length) {
+        if (*p != ' ')
+            return BAD_MAIL;
+        p += strspn(p, " ");
+        length = strcspn(p, " ");
+        digits = length > 5 ? strspn(p + 5, "0123456789") : 0;
+        if (strncasecmp(p, "SIZE=", 5) == 0 && !sized && digits > 0 && digits <= 20 && digits + 5 == length) {
             sized = true;
-            if (settings.max_size > 0 && strtoull(value, NULL, 10) > settings.max_size)
+            if (settings.max_size > 0 && strtoull(p + 5, NULL, 10) > settings.max_size)
                 return TOO_BIG;
-        } else if (strcasecmp(text, "BODY") == 0) {
-            if (bodied || value == NULL || (strcasecmp(value, "7BIT") != 0 && strcasecmp(value, "8BITMIME") != 0))
-                return SYNTAX;
+        } else if (!bodied && ((length == 9 && strncasecmp(p, "BODY=7BIT", 9) == 0)
+                || (length == 13 && strncasecmp(p, "BODY=8BITMIME", 13) == 0))) {
             bodied = true;
-            eight_bit = value[0] == '8';
+            *eight_bit = length == 13;
+        } else if (!is_let_dig(*p) || strncasecmp(p, "SIZE", 4) == 0 || strncasecmp(p, "BODY", 4) == 0) {
+            return BAD_MAIL;
         } else {
-            return UNKNOWN;
+            return "555 5.5.4 Error: MAIL takes no parameter but SIZE and BODY";
         }
     }
-    return eight_bit;
+    return NULL;
 }
 
 static void do_mail(struct session *s, const char *argument)
 {
     char mailbox[PATH_LIMIT] = "";
-    const char *rest = NULL;
-    int body;
+    const char *rest = NULL, *fault = BAD_MAIL;
+    bool eight_bit;
 
     if (strncasecmp(argument, "FROM:", 5) == 0)
         rest = strncmp(argument + 5, "<>", 2) == 0 ? argument + 7 : take_path(argument + 5, mailbox);
-    body = rest == NULL ? SYNTAX : read_mail_parameters(rest);
-    if (body == SYNTAX) {
-        reply(s, "501 5.5.4 Syntax: MAIL FROM:<address>");
-        return;
-    }
-    if (body == UNKNOWN) {
-        reply(s, "555 5.5.4 Error: MAIL takes no parameter but SIZE and BODY");
-        return;
-    }
-    if (body == TOO_BIG) {
-        reply(s, "552 5.3.4 Error: a message may have %llu octets here", settings.max_size);
+    if (rest != NULL)
+        fault = read_mail_parameters(rest, &eight_bit);
+    if (fault != NULL) {
+        reply(s, "%s", fault);
         return;
     }
     s->tx = calloc(1, sizeof *s->tx);
@@ -766,8 +782,8 @@ static void do_mail(struct session *s, const char *argument)
         s->tx = NULL;
         return;
     }
-    if (record(s, "%s %s\r\nMAIL FROM:<%s>%s\r\n", s->extended ? "EHLO" : "HELO", s->helo, mailbox,
-            body ? " BODY=8BITMIME" : "")) {
+    if (note(s, "%s %s\r\nMAIL FROM:<%s>%s\r\n", s->extended ? "EHLO" : "HELO", s->helo, mailbox,
+            eight_bit ? " BODY=8BITMIME" : "")) {
         s->phase = MAILED;
         reply(s, "250 2.1.0 Ok");
     }
@@ -794,7 +810,7 @@ static void do_rcpt(struct session *s, const char *argument)
     } else if (s->tx->recipients >= RECIPIENT_LIMIT) {
         reply(s, "452 4.5.3 Error: %d recipients are enough, send to the rest in another transaction",
             RECIPIENT_LIMIT);
-    } else if (record(s, "RCPT TO:<%s>\r\n", mailbox)) {
+    } else if (note(s, "RCPT TO:<%s>\r\n", mailbox)) {
         if (s->tx->recipients++ == 0)
             s->tx->lane = lane_of(strrchr(mailbox, '@') + 1);
         s->phase = ADDRESSED;
@@ -811,15 +827,12 @@ static void do_data(struct session *s, const char *argument)
     struct tm utc;
     size_t i;
 
-    if (*argument != '\0') {
-        reply(s, "501 5.5.4 Syntax: DATA");
-        return;
-    }
+    (void)argument;
     for (i = 0; s->helo[i] != '\0'; i++)
         name[i] = is_let_dig(s->helo[i]) || strchr(".-_:[]", s->helo[i]) != NULL ? s->helo[i] : '?';
     name[i] = '\0';
     strftime(date, sizeof date, "%a, %d %b %Y %H:%M:%S +0000", gmtime_r(&now, &utc));
-    if (!record(s, "DATA\r\nReceived: from %s ([%s%s]:%u)\r\n\tby %s with %s id %s;\r\n\t%s\r\n", name,
+    if (!note(s, "DATA\r\nReceived: from %s ([%s%s]:%u)\r\n\tby %s with %s id %s;\r\n\t%s\r\n", name,
             s->peer.sa.sa_family == AF_INET6 ? "IPv6:" : "", address_text(&s->peer, address), s->port,
             settings.hostname, s->extended ? "ESMTP" : "SMTP", s->tx->draft.id, date))
         return;
@@ -830,17 +843,8 @@ static void do_data(struct session *s, const char *argument)
 
 static void do_rset(struct session *s, const char *argument)
 {
-    if (*argument != '\0') {
-        reply(s, "501 5.5.4 Syntax: RSET");
-        return;
-    }
+    (void)argument;
     reset(s);
-    reply(s, "250 2.0.0 Ok");
-}
-
-static void do_noop(struct session *s, const char *argument)
-{
-    (void)argument;         /* RFC 5321 4.1.1.9: a parameter is ignored */
     reply(s, "250 2.0.0 Ok");
 }
 
@@ -858,32 +862,11 @@ static void do_vrfy(struct session *s, const char *argument)
         reply(s, "252 2.0.0 Cannot verify an address here, but will take mail for it and try to deliver");
 }
 
-static void do_help(struct session *s, const char *argument)
-{
-    (void)argument;
-    reply(s, "214 2.0.0 HELO EHLO MAIL RCPT DATA RSET NOOP VRFY QUIT: see RFC 5321");
-}
-
 static void do_quit(struct session *s, const char *argument)
 {
-    if (*argument != '\0') {
-        reply(s, "501 5.5.4 Syntax: QUIT");
-        return;
-    }
+    (void)argument;
     reply(s, "221 2.0.0 OK");
     start_closing(s);
-}
-
-static void do_not_implemented(struct session *s, const char *argument)
-{
-    (void)argument;
-    reply(s, "502 5.5.1 Error: command not implemented");
-}
-
-static void do_unknown(struct session *s, const char *argument)
-{
-    (void)argument;
-    reply(s, "500 5.5.2 Error: command not recognized");
 }
 
 #define HELO_FIRST  "503 5.5.1 Error: send HELO/EHLO first"
@@ -891,32 +874,37 @@ static void do_unknown(struct session *s, const char *argument)
 #define NEED_RCPT   "503 5.5.1 Error: need RCPT command"
 #define NESTED_MAIL "503 5.5.1 Error: nested MAIL command"
 
-/* The commands, and what each is answered where it is out of order. */
+#define NOT_IMPLEMENTED "502 5.5.1 Error: command not implemented"
+
+/* The commands.  `says` is the whole answer of one that does nothing; of one
+ * that has a handler it is what an argument is answered, where there must be
+ * none.  `out_of_order` is the answer in the phases it may not come in. */
 static const struct command {
     const char *verb;
     void (*handle)(struct session *, const char *argument);
+    const char *says;
     const char *out_of_order[ADDRESSED + 1];    /* CONNECTED, READY, MAILED, ADDRESSED */
 } commands[] = {
-    { "HELO", do_helo, { NULL } },
-    { "EHLO", do_ehlo, { NULL } },
-    { "MAIL", do_mail, { HELO_FIRST, NULL, NESTED_MAIL, NESTED_MAIL } },
-    { "RCPT", do_rcpt, { HELO_FIRST, NEED_MAIL, NULL, NULL } },
-    { "DATA", do_data, { HELO_FIRST, NEED_MAIL, NEED_RCPT, NULL } },
-    { "RSET", do_rset, { NULL } },
-    { "NOOP", do_noop, { NULL } },
-    { "VRFY", do_vrfy, { NULL } },
-    { "HELP", do_help, { NULL } },
-    { "QUIT", do_quit, { NULL } },
-    { "EXPN", do_not_implemented, { NULL } },
-    { "TURN", do_not_implemented, { NULL } },
-    { "SEND", do_not_implemented, { NULL } },
-    { "SOML", do_not_implemented, { NULL } },
-    { "SAML", do_not_implemented, { NULL } },
-    { "ETRN", do_not_implemented, { NULL } },
-    { "AUTH", do_not_implemented, { NULL } },
-    { "STARTTLS", do_not_implemented, { NULL } },
-    { "BDAT", do_not_implemented, { NULL } },
-    { "", do_unknown, { NULL } }        /* the last row fits all else */
+    { "HELO", do_helo, NULL, { NULL } },
+    { "EHLO", do_ehlo, NULL, { NULL } },
+    { "MAIL", do_mail, NULL, { HELO_FIRST, NULL, NESTED_MAIL, NESTED_MAIL } },
+    { "RCPT", do_rcpt, NULL, { HELO_FIRST, NEED_MAIL, NULL, NULL } },
+    { "DATA", do_data, "501 5.5.4 Syntax: DATA", { HELO_FIRST, NEED_MAIL, NEED_RCPT, NULL } },
+    { "RSET", do_rset, "501 5.5.4 Syntax: RSET", { NULL } },
+    { "QUIT", do_quit, "501 5.5.4 Syntax: QUIT", { NULL } },
+    { "VRFY", do_vrfy, NULL, { NULL } },
+    { "NOOP", NULL, "250 2.0.0 Ok", { NULL } },     /* RFC 5321 4.1.1.9: an argument is ignored */
+    { "HELP", NULL, "214 2.0.0 HELO EHLO MAIL RCPT DATA RSET NOOP VRFY QUIT: see RFC 5321", { NULL } },
+    { "EXPN", NULL, NOT_IMPLEMENTED, { NULL } },
+    { "TURN", NULL, NOT_IMPLEMENTED, { NULL } },
+    { "SEND", NULL, NOT_IMPLEMENTED, { NULL } },
+    { "SOML", NULL, NOT_IMPLEMENTED, { NULL } },
+    { "SAML", NULL, NOT_IMPLEMENTED, { NULL } },
+    { "ETRN", NULL, NOT_IMPLEMENTED, { NULL } },
+    { "AUTH", NULL, NOT_IMPLEMENTED, { NULL } },
+    { "STARTTLS", NULL, NOT_IMPLEMENTED, { NULL } },
+    { "BDAT", NULL, NOT_IMPLEMENTED, { NULL } },
+    { "", NULL, "500 5.5.2 Error: command not recognized", { NULL } }   /* fits all else */
 };
 
 static void dispatch(struct session *s, char *line)
@@ -929,6 +917,8 @@ static void dispatch(struct session *s, char *line)
         c++;
     if (c->out_of_order[s->phase] != NULL)
         reply(s, "%s", c->out_of_order[s->phase]);
+    else if (c->handle == NULL || (c->says != NULL && *argument != '\0'))
+        reply(s, "%s", c->says);
     else
         c->handle(s, argument);
 }
@@ -997,7 +987,7 @@ static void inspect(struct transaction *tx, const char *text, const struct line 
 
     tx->size += line->length - (first && text[0] == '.' && line->length > 0) + (line->used > 0 ? 2 : 0);
     if (settings.max_size > 0 && tx->size > settings.max_size)
-        refuse(tx, "552 5.3.4 Error: message too big");
+        refuse(tx, TOO_BIG);
     if (line->bare)
         refuse(tx, "550 5.5.2 Error: bare CR or LF in the message, lines end with CRLF (RFC 5321 2.3.8)");
     if (tx->in_header && first) {
@@ -1015,7 +1005,7 @@ static void end_message(struct session *s)
     struct transaction *tx = s->tx;
     int ends[2] = { -1, -1 };
     uint32_t lane = tx->lane;
-    bool forward_now = slot_free(lane, true);
+    bool forward_now = slots_left(true) > 0 && lane_free(lane);
     pid_t pid = -1;
 
     keep(tx, ".\r\n", 3);
@@ -1104,16 +1094,17 @@ static void take_result(struct session *s)
 
 static bool in_network(const union address *a, const struct network *n)
 {
-    const unsigned char *x = (const unsigned char *)&a->in.sin_addr, *y = (const unsigned char *)&n->base.in.sin_addr;
+    size_t count;
+    const unsigned char *x = address_octets(a, &count), *y = address_octets(&n->base, &count);
     unsigned whole = n->bits / 8, rest = n->bits % 8;
 
-    if (a->sa.sa_family != n->base.sa.sa_family)
-        return false;
-    if (a->sa.sa_family == AF_INET6) {
-        x = a->in6.sin6_addr.s6_addr;
-        y = n->base.in6.sin6_addr.s6_addr;
-    }
-    return memcmp(x, y, whole) == 0 && (rest == 0 || (x[whole] ^ y[whole]) >> (8 - rest) == 0);
+    return a->sa.sa_family == n->base.sa.sa_family && memcmp(x, y, whole) == 0
+        && (rest == 0 || (x[whole] ^ y[whole]) >> (8 - rest) == 0);
+}
+
+static bool is_mapped(const union address *a)
+{
+    return a->sa.sa_family == AF_INET6 && IN6_IS_ADDR_V4MAPPED(&a->in6.sin6_addr);
 }
 
 /* An IPv4 client of an IPv6 socket is an IPv4 client. */
@@ -1121,7 +1112,7 @@ static void unmap(union address *a)
 {
     union address plain;
 
-    if (a->sa.sa_family != AF_INET6 || !IN6_IS_ADDR_V4MAPPED(&a->in6.sin6_addr))
+    if (!is_mapped(a))
         return;
     memset(&plain, 0, sizeof plain);
     plain.in.sin_family = AF_INET;
@@ -1182,7 +1173,7 @@ static void fill(fd_set *readable, fd_set *writable, int *top, int64_t *until)
         if (due_pipe[0] > *top)
             *top = due_pipe[0];
     }
-    if (!divided && find_child(FINDS) < 0 && runner_from < *until)
+    if (!divided && !got_term && find_child(FINDS) < 0 && runner_from < *until)
         *until = runner_from;
     if (rest_until > clock_ms()) {
         if (rest_until < *until)
@@ -1218,6 +1209,10 @@ static void converse(struct session *s, const char *bytes, size_t size)
     size_t used = 0, n = 1;
     bool full = false;
 
+    if (size == 0) {
+        flush(s);
+        return;
+    }
     while (s->phase < STORING && used < size && n > 0 && !full) {
         n = (s->phase == DATA ? take_message : take_command)(s, bytes + used, size - used);
         used += n;
@@ -1268,10 +1263,8 @@ static void serve_session(struct session *s, const fd_set *readable, const fd_se
             converse(s, s->in.bytes, s->in.size);
     } else if (FD_ISSET(fd, readable) && s->phase == STORING) {
         take_result(s);
-        if (s->phase < STORING && got_term)
-            converse(s, s->in.bytes, 0);
-        else if (s->phase < STORING)
-            converse(s, s->in.bytes, s->in.size);
+        if (s->phase < STORING)
+            converse(s, s->in.bytes, got_term ? 0 : s->in.size);
     } else if (FD_ISSET(fd, readable)) {
         hear(s);
     } else if (s->phase != STORING && clock_ms() >= s->deadline) {
@@ -1328,19 +1321,16 @@ static void divide(void)
         forget_sessions();
     } else if (pid == 0) {
         divided = true;
-        while (listener_count > 0)
-            close_fd(&listeners[--listener_count]);
-        close_fd(&due_pipe[0]);
-        close_fd(&spool_lock);
-        child_count = waiting_count = 0;
+        forget_server();
+        waiting_count = 0;
     }
 }
 
-/* Accepts all who wait.  That a listening socket is readable promises nothing:
+/* Accepts who waits.  That a listening socket is readable promises nothing:
  * the client may have gone, or there is no descriptor for it. */
 static void accept_clients(int listener)
 {
-    for (;;) {
+    for (int i = 0; i < ACCEPTS; i++) {
         union address peer;
         socklen_t size = sizeof peer;
         int fd;
@@ -1393,7 +1383,7 @@ static void reap_children(void)
             i++;
         if (i == child_count)
             continue;
-        if (WIFSIGNALED(status))
+        if (WIFSIGNALED(status) && !got_term)
             logmsg("process %ld died of signal %d", (long)pid, WTERMSIG(status));
         if (children[i].role == FORWARDS && WIFEXITED(status) && WEXITSTATUS(status) == FORWARD_DONE)
             judge_lane(children[i].lane, true);
@@ -1430,12 +1420,7 @@ static void reap_sessions(void)
             continue;
         }
         reset(s);
-        close_fd(&s->fd);
-        close_fd(&s->pipe);
-        free(s->helo);
-        free(s->in.bytes);
-        free(s->out.bytes);
-        free(s);
+        forget_session(s);
     }
     session_count = left;
 }
@@ -1443,12 +1428,11 @@ static void reap_sessions(void)
 /* SIGTERM: nobody new, nothing new, but what is being stored gets its reply. */
 static void stop(void)
 {
-    while (listener_count > 0)
-        close_fd(&listeners[--listener_count]);
+    close_listeners();
     for (size_t i = 0; i < session_count; i++) {
         struct session *s = sessions[i];
 
-        if (s->phase < STORING) {
+        if (s->phase < STORING) {           /* RFC 5321 3.8 */
             reply(s, "421 4.3.2 %s shutting down, try again later", settings.hostname);
             start_closing(s);
         }
@@ -1464,13 +1448,10 @@ static void reap(void)
         got_child = 0;
         reap_children();
     }
-    if (got_hangup && !divided) {
-        pid_t runner = find_child(FINDS);
-
+    if (got_hangup && find_child(FINDS) > 0) {  /* else it waits for the next runner */
         got_hangup = 0;
         failing_count = 0;
-        if (runner > 0)
-            kill(runner, SIGHUP);
+        kill(find_child(FINDS), SIGHUP);
     }
     if (got_term)
         stop();
@@ -1577,15 +1558,12 @@ static struct network network_parse(const char *text)
     unsigned most;
 
     snprintf(host, sizeof host, "%.*s", (int)length, text);
-    if (length >= sizeof host || !address_parse(host, 0, &n.base))
+    if (length >= sizeof host || !address_parse(host, 0, &n.base) || is_mapped(&n.base))
         misused("-a %s: not a network such as 192.0.2.0/24 or 2001:db8::/32", text);
     most = n.base.sa.sa_family == AF_INET6 ? 128 : 32;
     n.bits = slash != NULL ? (unsigned)number('a', slash + 1, 0, most) : most;
     for (unsigned i = n.bits; i < most; i++) {      /* 10.1.2.3/8: which network is meant? */
-        const unsigned char *octets = most == 128 ? n.base.in6.sin6_addr.s6_addr
-            : (const unsigned char *)&n.base.in.sin_addr;
-
-        if (octets[i / 8] >> (7 - i % 8) & 1)
+        if (address_octets(&n.base, &length)[i / 8] >> (7 - i % 8) & 1)
             misused("-a %s: the address has bits behind the first %u", text, n.bits);
     }
     return n;
@@ -1628,51 +1606,72 @@ static void set_smarthost(const char *text)
     settings.smarthost = host;
 }
 
-/* Listens on every address that the name stands for.  Returns how many. */
+/* Listens on one address.  False: this machine does not have it. */
+static bool listen_at(union address *a)
+{
+    const int on = 1;
+    char text[ADDRESS_TEXT];
+    socklen_t size = sizeof *a;
+    int fd = socket_open(a, SOCK_STREAM);
+
+    if (fd >= 0) {
+        setsockopt(fd, SOL_SOCKET, SO_REUSEADDR, &on, sizeof on);   /* restart while old connections fade */
+        if (a->sa.sa_family == AF_INET6)
+            setsockopt(fd, IPPROTO_IPV6, IPV6_V6ONLY, &on, sizeof on);
+    }
+    if (fd < 0 || bind(fd, &a->sa, address_size(a)) != 0 || listen(fd, SOMAXCONN) != 0) {
+        if (errno != EADDRNOTAVAIL && errno != EAFNOSUPPORT)
+            die("cannot listen on %s port %u", address_text(a, text), address_port(a));
+        if (fd >= 0)
+            close(fd);
+        return false;
+    }
+    getsockname(fd, &a->sa, &size);     /* -p 0: which port it is */
+    listeners[listener_count++] = fd;
+    return true;
+}
+
+/* Do we listen there?  Some name it twice, on the command line or in /etc/hosts. */
+static bool is_bound(const union address *a, const union address *bound)
+{
+    struct network whole = { *a, a->sa.sa_family == AF_INET6 ? 128 : 32 };
+
+    for (size_t i = 0; i < listener_count; i++)
+        if (in_network(&bound[i], &whole))
+            return true;
+    return false;
+}
+
+/* Listens on every address that the name stands for.  localhost often stands
+ * for two, on machines that have but one of them. */
 static void listen_on(const char *name, unsigned port)
 {
     static union address bound[LISTENERS];
     struct addrinfo hints, *all, *a;
-    char service[8], text[ADDRESS_TEXT];
+    bool listening = false;
     int error;
-    size_t before = listener_count;
 
     memset(&hints, 0, sizeof hints);
     hints.ai_socktype = SOCK_STREAM;
-    hints.ai_flags = AI_PASSIVE | AI_NUMERICSERV;
-    snprintf(service, sizeof service, "%u", port);
-    error = getaddrinfo(name, service, &hints, &all);
+    error = getaddrinfo(name, NULL, &hints, &all);
     errno = 0;
     if (error != 0)
         die("%s: %s", name, gai_strerror(error));
     for (a = all; a != NULL; a = a->ai_next) {
-        const int on = 1;
         union address *here = &bound[listener_count];
-        socklen_t size = sizeof *here;
-        int fd;
 
         if (listener_count == LISTENERS)
             die("%d addresses to listen on are enough", LISTENERS);
         memcpy(here, a->ai_addr, a->ai_addrlen);
-        fd = socket_open(here, SOCK_STREAM);
-        if (fd >= 0) {
-            setsockopt(fd, SOL_SOCKET, SO_REUSEADDR, &on, sizeof on);   /* restart while old connections fade */
-            if (here->sa.sa_family == AF_INET6)
-                setsockopt(fd, IPPROTO_IPV6, IPV6_V6ONLY, &on, sizeof on);
-        }
-        if (fd < 0 || bind(fd, &here->sa, address_size(here)) != 0 || listen(fd, SOMAXCONN) != 0) {
-            /* localhost is often two addresses, on machines that have but one of them */
-            if ((errno == EADDRNOTAVAIL || errno == EAFNOSUPPORT) && (a->ai_next != NULL || listener_count > before)) {
-                close_fd(&fd);
-                continue;
-            }
-            die("cannot listen on %s port %u", address_text(here, text), port);
-        }
-        getsockname(fd, &here->sa, &size);
-        listeners[listener_count++] = fd;
+        address_set_port(here, port);
+        if (is_bound(here, bound) || listen_at(here))
+            listening = true;
+        else
+            error = errno;
     }
     freeaddrinfo(all);
-    if (listener_count == before)
+    errno = error;
+    if (!listening)
         die("cannot listen on %s port %u", name, port);
     settings.listening = bound;
     settings.listening_count = listener_count;
@@ -1793,6 +1792,17 @@ static void open_standard(void)
     close_fd(&fd);
 }
 
+static void log_listening(void)
+{
+    for (size_t i = 0; i < settings.listening_count; i++) {
+        char text[ADDRESS_TEXT];
+        const union address *a = &settings.listening[i];
+
+        logmsg(a->sa.sa_family == AF_INET6 ? "listening on [%s]:%u" : "listening on %s:%u",
+            address_text(a, text), address_port(a));
+    }
+}
+
 int main(int argc, char **argv)
 {
     const char *user_name = NULL;
@@ -1829,13 +1839,7 @@ int main(int argc, char **argv)
         die("cannot make a pipe");
     fcntl(due_pipe[0], F_SETFL, O_NONBLOCK);
     fcntl(due_pipe[1], F_SETFL, O_NONBLOCK);
-    for (size_t i = 0; i < settings.listening_count; i++) {
-        char text[ADDRESS_TEXT];
-        const union address *a = &settings.listening[i];
-
-        logmsg(a->sa.sa_family == AF_INET6 ? "listening on [%s]:%u" : "listening on %s:%u",
-            address_text(a, text), address_port(a));
-    }
+    log_listening();
     run();
     return 0;
 }

@@ -13,11 +13,12 @@
 #ifndef SMTP_H
 #define SMTP_H
 
-#define _POSIX_C_SOURCE 200809L /* POSIX.1-2008, and nothing beside it */
+#define _XOPEN_SOURCE 700       /* POSIX.1-2008 with its XSI part, to which SIGXFSZ belongs */
 #define _FILE_OFFSET_BITS 64    /* where it matters: files over 2 GiB ... */
 #define _TIME_BITS 64           /* ... and dates after 2038 on 32 bits */
 
 #include <sys/types.h>
+#include <sys/select.h>
 #include <sys/socket.h>
 #include <netinet/in.h>
 
@@ -119,8 +120,8 @@ struct draft {
 void spool_enter(uid_t owner, gid_t group);
 
 /* Checks that the spool is ours alone, makes tmp/ and queue/, takes the lock
- * that keeps a second server out, clears tmp/ of what a crash left.  Returns
- * the lock's descriptor, which has to stay open.  Dies with the reason. */
+ * that keeps a second server out.  Returns the lock's descriptor, which has to
+ * stay open.  Dies with the reason. */
 int spool_take(void);
 
 /* Opens an empty draft, named after the clock and the client's `port`.  False,
@@ -145,7 +146,7 @@ const char *draft_refusal(int error);
 enum { FORWARD_DONE = 0, FORWARD_UNREACHABLE = 75 };
 
 /* Forwarders that go to the same place share a lane: a hash of the domain, or 0
- * where all mail goes to the smarthost.  `domain` ends at its NUL or '>'. */
+ * where all mail goes to the smarthost. */
 uint32_t lane_of(const char *domain);
 
 /* Makes the draft durable, then writes the client's reply line to `reply_fd`
@@ -162,7 +163,8 @@ void forward_due(const char *id);
 enum { DUE_SIZE = ID_SIZE + 10 };
 
 /* Finds what is due in queue/ and offers it on `due_fd`, for as long as process
- * `server` lives.  SIGHUP makes everything due. */
+ * `server` lives, and clears tmp/ of what a crash left.  SIGHUP makes everything
+ * due, SIGUSR1 ends a nap. */
 void run_queue(int due_fd, pid_t server);
 
 /* smtp -l: prints the queue.  Returns the exit status. */
@@ -177,8 +179,12 @@ int64_t clock_ms(void);
  * with errno. */
 int socket_open(const union address *to, int type);
 
-/* Waits until `fd` can be read (or written, where `writing`) or clock_ms()
- * reaches `deadline`; true says that it can.  Sets errno otherwise. */
+/* select() until clock_ms() reaches `deadline`.  Leaves in the sets what is
+ * ready: nothing where time ran out or a signal came. */
+void wait_sets(int top, fd_set *readable, fd_set *writable, int64_t deadline);
+
+/* Waits until `fd` can be read (or written, where `writing`).  False: clock_ms()
+ * has reached `deadline`. */
 bool wait_ready(int fd, bool writing, int64_t deadline);
 
 /* ---- dns.c: names to addresses ----------------------------------------- */
@@ -210,8 +216,9 @@ struct dns_query {
 };
 
 /* Asks all `count` (at most DNS_QUERIES) queries at once and returns when each
- * has its status: after milliseconds as a rule, half a minute at most.  RFC 1035
- * over UDP, TCP where an answer is truncated, EDNS0 (RFC 6891). */
+ * has its status: after milliseconds as a rule; where nobody answers, after 14
+ * seconds for each server.  RFC 1035 over UDP, TCP where an answer is truncated,
+ * EDNS0 (RFC 6891). */
 void dns_ask(const struct nameservers *servers, struct dns_query *queries, size_t count);
 
 /* Reads the nameserver lines of a resolv.conf; 127.0.0.1 where there is none. */
@@ -226,7 +233,11 @@ bool endpoint_parse(const char *text, unsigned default_port, char host[DNS_NAME_
 /* The address alone, in text, into `text`, which is returned. */
 const char *address_text(const union address *a, char text[ADDRESS_TEXT]);
 
+/* The octets of the address, 4 or 16 of them, most significant first. */
+const unsigned char *address_octets(const union address *a, size_t *count);
+
 unsigned address_port(const union address *a);
+void address_set_port(union address *a, unsigned port);
 socklen_t address_size(const union address *a);
 
 #endif
