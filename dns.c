@@ -105,6 +105,19 @@ const char *address_text(const union address *a, char text[ADDRESS_TEXT])
     return text;
 }
 
+void address_unmap(union address *a)
+{
+    union address plain;
+
+    if (a->sa.sa_family != AF_INET6 || !IN6_IS_ADDR_V4MAPPED(&a->in6.sin6_addr))
+        return;
+    memset(&plain, 0, sizeof plain);
+    plain.in.sin_family = AF_INET;
+    plain.in.sin_port = a->in6.sin6_port;
+    memcpy(&plain.in.sin_addr, a->in6.sin6_addr.s6_addr + 12, 4);
+    *a = plain;
+}
+
 unsigned address_port(const union address *a)
 {
     return ntohs(a->sa.sa_family == AF_INET6 ? a->in6.sin6_port : a->in.sin_port);
@@ -260,7 +273,8 @@ static void get_name(struct cursor *c, char name[DNS_NAME_SIZE])
             if (behind == 0)
                 behind = c->at;
             start = c->at = target;
-        } else if (length > LABEL_LIMIT || length > c->size - c->at || used + (used > 0) + length > NAME_LIMIT) {
+        } else if (length > LABEL_LIMIT || length > c->size - c->at
+            || (length > 0 && used + (used > 0) + length > NAME_LIMIT)) {
             c->bad = true;
         } else if (length > 0) {
             if (used > 0)
@@ -337,6 +351,7 @@ struct flight {
     unsigned broken;            /* servers that said they cannot */
     unsigned links;             /* CNAMEs followed */
     bool edns;                  /* asked with an OPT record */
+    bool spoiled;               /* a record of its answer was malformed */
     bool done;
     int64_t deadline;
 };
@@ -351,8 +366,8 @@ enum verdict {
 };
 
 /* Adds the record that begins at `c` and is `size` octets long to the query's
- * answer.  One that is malformed is passed over, like one that is not there. */
-static void take_record(struct dns_query *q, struct cursor *c, size_t size)
+ * answer.  False: it is malformed. */
+static bool take_record(struct dns_query *q, struct cursor *c, size_t size)
 {
     struct dns_record record;
     size_t at = q->count, end = c->at + size;
@@ -362,7 +377,7 @@ static void take_record(struct dns_query *q, struct cursor *c, size_t size)
         record.preference = (unsigned)get(c, 2);
         get_name(c, record.name);
         if (c->bad || c->at != end)
-            return;
+            return false;
         while (at > 0 && q->records[at - 1].preference > record.preference)
             at--;               /* kept sorted, the first come first among equals */
     } else if (q->type == DNS_A && size == 4) {
@@ -372,15 +387,16 @@ static void take_record(struct dns_query *q, struct cursor *c, size_t size)
         record.address.in6.sin6_family = AF_INET6;
         memcpy(&record.address.in6.sin6_addr, c->bytes + c->at, size);
     } else {
-        return;
+        return false;
     }
     if (at >= DNS_RECORDS)
-        return;
+        return true;
     if (q->count == DNS_RECORDS)
         q->count--;             /* the least preferred makes room */
     memmove(&q->records[at + 1], &q->records[at], (q->count - at) * sizeof record);
     q->records[at] = record;
     q->count++;
+    return true;
 }
 
 /* Goes once through `answers` records: takes those that belong to f->name, and
@@ -407,10 +423,11 @@ static void scan_answers(struct flight *f, struct cursor *c, unsigned long answe
         if (class == 1 && strcasecmp(owner, f->name) == 0) {
             struct cursor data = *c;
 
-            if (type == (unsigned long)f->query->type)
-                take_record(f->query, &data, size);
+            if (type == (unsigned long)f->query->type && !take_record(f->query, &data, size))
+                f->spoiled = true;
             else if (type == DNS_CNAME)
                 get_name(&data, target);
+            f->spoiled = f->spoiled || data.bad;
         }
         c->at = end;
     }
@@ -426,8 +443,10 @@ static enum verdict read_records(struct flight *f, const struct cursor *c, unsig
         struct cursor pass = *c;
 
         f->query->count = 0;
+        f->spoiled = false;
         scan_answers(f, &pass, answers, target);
-        if (pass.bad) {
+        /* One bad record spoils only itself, unless it is all there is. */
+        if (pass.bad || (f->spoiled && f->query->count == 0)) {
             f->query->count = 0;
             f->query->why = "malformed answer from the name server";
             return BROKEN;

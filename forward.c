@@ -812,8 +812,7 @@ static void no_route(struct route *route, enum outcome outcome, const char *form
 static bool is_usable(const union address *a)
 {
     if (a->sa.sa_family == AF_INET6)
-        return !IN6_IS_ADDR_UNSPECIFIED(&a->in6.sin6_addr) && !IN6_IS_ADDR_MULTICAST(&a->in6.sin6_addr)
-            && !IN6_IS_ADDR_V4MAPPED(&a->in6.sin6_addr);   /* an IPv4 address in disguise: perhaps ours */
+        return !IN6_IS_ADDR_UNSPECIFIED(&a->in6.sin6_addr) && !IN6_IS_ADDR_MULTICAST(&a->in6.sin6_addr);
     return ntohl(a->in.sin_addr.s_addr) >> 24 != 0 && ntohl(a->in.sin_addr.s_addr) >> 28 < 14;
 }
 
@@ -856,6 +855,7 @@ static bool add_address(struct route *route, const char *name, unsigned preferen
     char text[ADDRESS_TEXT];
     struct exchange *x = &route->x[route->count];
 
+    address_unmap(&a);      /* in disguise it would not be known for our own */
     if (is_self(&a, port))
         return false;
     if (!is_usable(&a) || route->count == ADDRESS_LIMIT)
@@ -1111,7 +1111,8 @@ static int read_reply(struct exchange *x, enum step step)
 static bool send_bytes(struct exchange *x, const char *bytes, size_t size, enum step step)
 {
     if (x->size > 0) {
-        lose(x, "a reply to nothing", step);
+        if (take_reply(x) != COMPLETE || x->code < 400)
+            lose(x, "a reply to nothing", step);
         return false;
     }
     while (size > 0) {
@@ -1539,6 +1540,9 @@ static bool transact_all(struct exchange *x, struct message *m, struct recipient
         for (; i < count && n < GROUP_LIMIT; i++)
             if (to[i]->pending)
                 group[n++] = to[i];
+        /* The transaction before may have come to nothing, and still be open. */
+        if (i > n && n > 0 && say(x, ENVELOPE, "RSET\r\n") == 0)
+            return false;
         if (n > 0 && !transact(x, m, group, n, eight_bit))
             return false;
     }

@@ -654,7 +654,7 @@ static const char *take_path(const char *p, char mailbox[PATH_LIMIT])
     if (*p == '@') {
         do
             p = skip_domain(p + 1);
-        while (p != NULL && *p == ',' && *++p == '@');
+        while (p != NULL && strncmp(p, ",@", 2) == 0 && p++ != NULL);
         if (p == NULL || *p++ != ':')
             return NULL;
     }
@@ -752,7 +752,8 @@ static const char *read_mail_parameters(const char *p, bool *eight_bit)
                 || (length == 13 && strncasecmp(p, "BODY=8BITMIME", 13) == 0))) {
             bodied = true;
             *eight_bit = length == 13;
-        } else if (!is_let_dig(*p) || strncasecmp(p, "SIZE", 4) == 0 || strncasecmp(p, "BODY", 4) == 0) {
+        } else if (!is_let_dig(*p)
+                || (strcspn(p, " =") == 4 && (strncasecmp(p, "SIZE", 4) == 0 || strncasecmp(p, "BODY", 4) == 0))) {
             return BAD_MAIL;
         } else {
             return "555 5.5.4 Error: MAIL takes no parameter but SIZE and BODY";
@@ -1102,25 +1103,6 @@ static bool in_network(const union address *a, const struct network *n)
         && (rest == 0 || (x[whole] ^ y[whole]) >> (8 - rest) == 0);
 }
 
-static bool is_mapped(const union address *a)
-{
-    return a->sa.sa_family == AF_INET6 && IN6_IS_ADDR_V4MAPPED(&a->in6.sin6_addr);
-}
-
-/* An IPv4 client of an IPv6 socket is an IPv4 client. */
-static void unmap(union address *a)
-{
-    union address plain;
-
-    if (!is_mapped(a))
-        return;
-    memset(&plain, 0, sizeof plain);
-    plain.in.sin_family = AF_INET;
-    plain.in.sin_port = a->in6.sin6_port;
-    memcpy(&plain.in.sin_addr, a->in6.sin6_addr.s6_addr + 12, 4);
-    *a = plain;
-}
-
 static bool is_allowed(const union address *peer)
 {
     for (size_t i = 0; i < settings.allowed_count; i++)
@@ -1291,7 +1273,7 @@ static void welcome(int fd, union address *peer)
     *s = fresh;
     s->fd = fd;
     s->peer = *peer;
-    unmap(&s->peer);
+    address_unmap(&s->peer);      /* an IPv4 client of an IPv6 socket is an IPv4 client */
     s->port = address_port(peer);
     extend_deadline(s);
     fcntl(fd, F_SETFL, O_NONBLOCK);
@@ -1558,8 +1540,9 @@ static struct network network_parse(const char *text)
     unsigned most;
 
     snprintf(host, sizeof host, "%.*s", (int)length, text);
-    if (length >= sizeof host || !address_parse(host, 0, &n.base) || is_mapped(&n.base))
+    if (length >= sizeof host || !address_parse(host, 0, &n.base))
         misused("-a %s: not a network such as 192.0.2.0/24 or 2001:db8::/32", text);
+    address_unmap(&n.base);
     most = n.base.sa.sa_family == AF_INET6 ? 128 : 32;
     n.bits = slash != NULL ? (unsigned)number('a', slash + 1, 0, most) : most;
     for (unsigned i = n.bits; i < most; i++) {      /* 10.1.2.3/8: which network is meant? */

@@ -236,6 +236,9 @@ const char *address_text(const union address *a, char text[ADDRESS_TEXT]);
 /* The octets of the address, 4 or 16 of them, most significant first. */
 const unsigned char *address_octets(const union address *a, size_t *count);
 
+/* Makes an IPv4 address out of one that is written as IPv6, ::ffff:192.0.2.1. */
+void address_unmap(union address *a);
+
 unsigned address_port(const union address *a);
 void address_set_port(union address *a, unsigned port);
 socklen_t address_size(const union address *a);

@@ -1,6 +1,9 @@
 """What the tests are given: the lab's parts, put together and cleaned up again."""
 import contextlib
+import shutil
+import signal
 import socket
+import subprocess
 from types import SimpleNamespace
 
 import pytest
@@ -61,3 +64,31 @@ def world(dns, exchangers, relay):
     exchanger, = exchangers(1)
     dns.mail("example.net", (10, exchanger))
     return SimpleNamespace(dns=dns, exchanger=exchanger, relay=relay(mx_port=exchanger.port))
+
+
+@pytest.fixture
+def strace(tmp_path):
+    """with strace(pid, "trace=fsync,write", "inject=fsync:error=EIO") as trace: watches a
+    process and all it forks, and makes its system calls fail, until the block ends.
+    trace() is what was seen so far, each line with the process's id before it."""
+    if shutil.which("strace") is None:
+        pytest.skip("strace is not installed")
+
+    @contextlib.contextmanager
+    def attached(pid, *expressions):
+        output = tmp_path / "trace"
+        options = [option for expression in expressions for option in ("-e", expression)]
+        tracer = subprocess.Popen(["strace", "-f", "-y", "-s", "200", "-o", output, "-p", str(pid), *options],
+                                  stderr=subprocess.PIPE, text=True)
+        line = tracer.stderr.readline()
+        if "attached" not in line:
+            tracer.communicate()
+            if "ptrace" in line or "not permitted" in line:
+                pytest.skip(f"this machine does not let us trace: {line.strip()}")
+            raise AssertionError(line)
+        try:
+            yield output.read_text
+        finally:
+            tracer.send_signal(signal.SIGINT)       # it lets go, and the process runs on
+            tracer.communicate()
+    return attached

@@ -380,6 +380,8 @@ class Connection(Wire):
 
     def __init__(self, sock, client):
         super().__init__(sock)
+        # Replies to commands that came together would wait for each other's ACK.
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.client_port = client[1]
         self.opened = time.monotonic()
         self.closed = False
@@ -701,6 +703,15 @@ class Relay:
         """A Client connected to it, closed with it at the latest."""
         self._clients.append(Client(self.port, self._addresses[0], **options))
         return self._clients[-1]
+
+    def send(self, *recipients, sender="nour@example.org", body="Subject: x\n\nDear Nour\n"):
+        """A message, taken; returns its id."""
+        with self.client() as client:
+            reply = client.deliver(sender, recipients, body)
+        taken = re.fullmatch(r"250 2\.0\.0 Ok: queued as (\S+)", reply)
+        if not taken:
+            raise AssertionError(f"the final dot: {reply}")
+        return taken[1]
 
     def queue(self):
         return sorted(self.spool.glob("queue/*"))
