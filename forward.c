@@ -351,17 +351,22 @@ static bool lock_octets(int fd, short type, off_t start, off_t length)
     return fcntl(fd, F_SETLK, &lock) == 0;
 }
 
+static bool move_to_queue(const char *id)
+{
+    char path[16 + ID_SIZE];
+
+    strcpy(path, spool_path("tmp", id));
+    return rename(path, spool_path("queue", id)) == 0
+        || (errno == ENOENT && make_directory("queue") && rename(path, spool_path("queue", id)) == 0);
+}
+
 /* Makes a draft a message: locked, durable, in the queue.  When this returns
  * true the mail is ours to lose, and not before.  False: d->error says why, and
  * the draft is gone. */
 static bool store(struct draft *d)
 {
-    char path[16 + ID_SIZE];
-
-    strcpy(path, spool_path("tmp", d->id));
     errno = d->error;
-    if (errno == 0 && lock_octets(d->fd, F_WRLCK, 0, 0) && fsync(d->fd) == 0
-        && rename(path, spool_path("queue", d->id)) == 0) {
+    if (errno == 0 && lock_octets(d->fd, F_WRLCK, 0, 0) && fsync(d->fd) == 0 && move_to_queue(d->id)) {
         if (sync_directory("queue"))
             return true;
         d->error = errno;

@@ -1753,12 +1753,12 @@ static void read_options(int argc, char **argv, unsigned *port, const char **use
         case 'v': settings.verbose = true; break;
         case 'w': settings.wait = (long)number(option, optarg, 1, 86400); break;
         case ':':
-            fprintf(stderr, "smtp: -%c needs a value\n", optopt);
-            usage();
+            if (optopt == 'h')      /* who says smtp -h wants help */
+                usage();
+            misused("-%c needs a value (smtp -h explains the options)", optopt);
             break;
         default:
-            fprintf(stderr, "smtp: there is no option -%c\n", optopt);
-            usage();
+            misused("there is no option -%c (smtp -h explains the options)", optopt);
         }
     if (smarthost != NULL)
         set_smarthost(smarthost);       /* now that -P is known */
@@ -1800,10 +1800,10 @@ int main(int argc, char **argv)
     read_options(argc, argv, &port, &user_name, &list);
     if (list)
         return list_queue();
-    if (optind == argc) {
-        fputs("smtp: name an address to listen on, such as localhost\n", stderr);
+    if (argc == 1)
         usage();
-    }
+    if (optind == argc)
+        misused("name an address to listen on, such as localhost (smtp -h explains the options)");
     default_names();
     if (settings.nameservers.count == 0)
         dns_servers("/etc/resolv.conf", &settings.nameservers);
