@@ -348,7 +348,7 @@ struct flight {
     int fd;                     /* its socket, or -1 */
     unsigned id;
     unsigned tries;             /* servers asked in vain by silence */
-    unsigned broken;            /* servers that said they cannot */
+    unsigned broken;            /* servers that said they cannot, a bit for each */
     unsigned links;             /* CNAMEs followed */
     bool edns;                  /* asked with an OPT record */
     bool spoiled;               /* a record of its answer was malformed */
@@ -566,7 +566,7 @@ static void send_query(struct flight *f, const struct nameservers *servers)
 static void try_next(struct flight *f, const struct nameservers *servers)
 {
     f->tries++;
-    if (f->tries >= servers->count * ROUNDS || f->broken >= servers->count)
+    if (f->tries >= servers->count * ROUNDS || f->broken == (1u << servers->count) - 1)
         finish(f, DNS_FAILED);
     else
         send_query(f, servers);
@@ -650,7 +650,7 @@ static void receive(struct flight *f, const struct nameservers *servers)
         send_query(f, servers);
         break;
     default:
-        f->broken++;
+        f->broken |= 1u << f->tries % servers->count;
         try_next(f, servers);
     }
 }

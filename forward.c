@@ -693,6 +693,8 @@ static char *outcome_lines(const struct message *m, enum outcome outcome, size_t
 /* The log's one line per outcome. */
 static void log_outcomes(struct message *m, enum outcome outcome)
 {
+    time_t now = time(NULL), came = id_time(m->id);
+
     for (size_t i = 0; i < m->count; i++) {
         struct recipient *r = &m->recipients[i];
         size_t relay = r->said != NULL ? strcspn(r->said, " ") : 0;
@@ -700,7 +702,7 @@ static void log_outcomes(struct message *m, enum outcome outcome)
         if (!r->unrecorded || r->outcome != outcome)
             continue;
         logmsg("%s to=<%s> relay=%.*s delay=%lld status=%s (%s)", m->id, r->address, (int)relay, r->said,
-            (long long)(time(NULL) - id_time(m->id)), outcome_names[outcome], r->said + relay + 1);
+            (long long)(came < now ? now - came : 0), outcome_names[outcome], r->said + relay + 1);
         r->unrecorded = false;
     }
 }
@@ -911,6 +913,8 @@ static void add_exchangers(struct route *route, const struct dns_record *mx, siz
         no_route(route, LATER, "4.4.3 no address of an exchanger: %s", trouble);
     else if (route->count == 0 && self)
         no_route(route, FAILED, "5.4.6 mail for this domain would loop back to this relay");
+    else if (route->count == 0 && settings.smarthost != NULL)     /* our operator's mistake, not the sender's */
+        no_route(route, LATER, "4.4.4 the smarthost %s has no usable address", settings.smarthost);
     else if (route->count == 0)
         no_route(route, FAILED, "5.4.4 no exchanger of this domain has a usable address");
     free(queries);
@@ -1346,6 +1350,8 @@ static bool transact(struct exchange *x, struct message *m, struct recipient **t
     }
     if (code == 354 && accepted > 0)
         return transfer_message(x, m, to, count);
+    if (code == 354 && !mail_ok)
+        return false;           /* it goes on after its own no: nothing it would take is meant for it */
     if (code == 354)            /* RFC 2920 3.1: an empty message ends what nobody wants */
         return say(x, FINAL_DOT, ".\r\n") != 0;
     for (size_t i = 0; i < count; i++)

@@ -1447,7 +1447,9 @@ static void reap(void)
     forward_waiting();
 }
 
-static void run(void)
+/* Signals set a flag, and come only while the loop waits.  Returns the mask for
+ * that time. */
+static sigset_t catch_signals(void)
 {
     static const int caught[] = { SIGTERM, SIGINT, SIGHUP, SIGCHLD };
     struct sigaction action;
@@ -1458,13 +1460,19 @@ static void run(void)
     sigemptyset(&blocked);
     sigprocmask(SIG_SETMASK, NULL, &open);
     for (size_t i = 0; i < sizeof caught / sizeof caught[0]; i++) {
-        sigaction(caught[i], &action, NULL);
         sigaddset(&blocked, caught[i]);
         sigdelset(&open, caught[i]);
     }
     sigprocmask(SIG_BLOCK, &blocked, NULL);
+    for (size_t i = 0; i < sizeof caught / sizeof caught[0]; i++)
+        sigaction(caught[i], &action, NULL);
     signal(SIGPIPE, SIG_IGN);       /* who hangs up is told by write() */
     signal(SIGXFSZ, SIG_IGN);       /* and a file that may not grow, too */
+    return open;
+}
+
+static void run(const sigset_t *open)
+{
     for (;;) {
         fd_set readable, writable;
         int64_t until;
@@ -1472,7 +1480,7 @@ static void run(void)
 
         reap();
         fill(&readable, &writable, &top, &until);
-        wait_for_events(&readable, &writable, top, until, &open);
+        wait_for_events(&readable, &writable, top, until, open);
         serve(&readable, &writable);
     }
 }
@@ -1792,6 +1800,7 @@ int main(int argc, char **argv)
     unsigned port = 25;
     bool list = false, root = geteuid() == 0;
     const struct passwd *user = NULL;
+    sigset_t open;
 
     open_standard();
     umask(077);
@@ -1822,7 +1831,8 @@ int main(int argc, char **argv)
         die("cannot make a pipe");
     fcntl(due_pipe[0], F_SETFL, O_NONBLOCK);
     fcntl(due_pipe[1], F_SETFL, O_NONBLOCK);
+    open = catch_signals();
     log_listening();
-    run();
+    run(&open);
     return 0;
 }

@@ -217,8 +217,8 @@ struct dns_query {
 
 /* Asks all `count` (at most DNS_QUERIES) queries at once and returns when each
  * has its status: after milliseconds as a rule; where nobody answers, after 14
- * seconds for each server.  RFC 1035 over UDP, TCP where an answer is truncated,
- * EDNS0 (RFC 6891). */
+ * seconds for each server.  RFC 1035 over UDP, EDNS0 (RFC 6891); TCP, 5 seconds
+ * for each query at most, where an answer is truncated. */
 void dns_ask(const struct nameservers *servers, struct dns_query *queries, size_t count);
 
 /* Reads the nameserver lines of a resolv.conf; 127.0.0.1 where there is none. */
