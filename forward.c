@@ -1310,53 +1310,66 @@ static void take_envelope_reply(struct exchange *x, int code, size_t i, struct r
     }
 }
 
-/* One transaction (RFC 5321 3.3), in lockstep or with the envelope sent ahead
- * (RFC 2920).  False: the connection is of no more use. */
-static bool transact(struct exchange *x, struct message *m, struct recipient **to, size_t count, bool eight_bit)
+/* Says MAIL, the RCPTs and DATA, which stand in `line`: in lockstep, or all sent
+ * ahead (RFC 2920).  Leaves how many recipients were accepted, and DATA's reply
+ * code, 0 if DATA was not worth saying.  False: the connection is of no more use. */
+static bool say_envelope(struct exchange *x, const char *line, struct recipient **to, size_t count, size_t *accepted,
+    int *data)
 {
-    char *text = compose_envelope(x, m, to, count, eight_bit), *line = text;
-    size_t accepted = 0;
-    bool mail_ok = false, alive = true;
+    bool mail_ok = false;
     int code = 0;
 
-    for (size_t i = 0; i < count; i++)
-        to[i]->accepted = false;
-    if (x->pipelining)
-        alive = send_bytes(x, text, strlen(text), ENVELOPE);
-    for (size_t i = 0; i <= count + 1 && alive; i++) {
+    *accepted = 0;
+    *data = 0;
+    if (x->pipelining && !send_bytes(x, line, strlen(line), ENVELOPE))
+        return false;
+    for (size_t i = 0; i <= count + 1; i++) {
         enum step step = i <= count ? ENVELOPE : DATA_COMMAND;
         size_t length = strcspn(line, "\n") + 1;
 
+        if (!x->pipelining && i > 0 && (!mail_ok || (i > count && *accepted == 0)))
+            return true;
         log_exchange(x, "C", line, length - 2);
-        alive = (x->pipelining || send_bytes(x, line, length, step)) && (code = read_reply(x, step)) != 0;
+        if ((!x->pipelining && !send_bytes(x, line, length, step)) || (code = read_reply(x, step)) == 0)
+            return false;
         line += length;
-        if (!alive)
-            break;
-        mail_ok = mail_ok || (i == 0 && judge(code) == SENT);
-        if (mail_ok || i == 0)
+        if (i == 0)
+            mail_ok = judge(code) == SENT;
+        if (i == 0 || mail_ok)
             take_envelope_reply(x, code, i, to, count);
-        accepted += i > 0 && i <= count && to[i - 1]->accepted;
-        if (!x->pipelining && (!mail_ok || (i == count && accepted == 0))) {
-            free(text);
-            return true;        /* nobody to send to; RSET is not needed before QUIT */
-        }
+        *accepted += i > 0 && i <= count && to[i - 1]->accepted;
     }
-    free(text);
-    if (!alive) {
-        for (size_t i = 0; i < count; i++)      /* as if they had not been asked */
-            if (to[i]->pending)
-                settle(to[i], LATER, x->label, x->words);
+    *data = code;
+    if (code == 354 && !mail_ok) {      /* nothing that it would take now is meant for it */
+        lose(x, "a yes after a no", DATA_COMMAND);
         return false;
     }
-    if (code == 354 && accepted > 0)
+    return true;
+}
+
+/* One transaction (RFC 5321 3.3).  False: the connection is of no more use. */
+static bool transact(struct exchange *x, struct message *m, struct recipient **to, size_t count, bool eight_bit)
+{
+    char *text = compose_envelope(x, m, to, count, eight_bit);
+    size_t accepted;
+    bool alive;
+    int data;
+
+    for (size_t i = 0; i < count; i++)
+        to[i]->accepted = false;
+    alive = say_envelope(x, text, to, count, &accepted, &data);
+    free(text);
+    if (!alive) {
+        settle_all(to, count, LATER, x->label, x->words);   /* as if they had not been asked */
+        return false;
+    }
+    if (data == 354 && accepted > 0)
         return transfer_message(x, m, to, count);
-    if (code == 354 && !mail_ok)
-        return false;           /* it goes on after its own no: nothing it would take is meant for it */
-    if (code == 354)            /* RFC 2920 3.1: an empty message ends what nobody wants */
+    if (data == 354)            /* RFC 2920 3.1: an empty message ends what nobody wants */
         return say(x, FINAL_DOT, ".\r\n") != 0;
     for (size_t i = 0; i < count; i++)
         if (to[i]->accepted)
-            settle(to[i], judge(code) == FAILED ? FAILED : LATER, x->label, x->words);
+            settle(to[i], judge(data) == FAILED ? FAILED : LATER, x->label, x->words);
     return true;
 }
 
