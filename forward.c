@@ -398,15 +398,18 @@ struct message {
     char id[ID_SIZE];
     int fd;
     char reverse_path[PATH_LIMIT];
-    bool eight_bit;         /* BODY=8BITMIME was declared */
+    bool declared;          /* as BODY=8BITMIME */
+    bool eight_bit;         /* octets beyond ASCII are in it: by survey() */
+    unsigned long long size;    /* octets, by survey() */
     off_t body;             /* where the header begins */
     off_t end;              /* where the lone dot stands */
     off_t whole;            /* behind the last whole line */
     int64_t age;            /* seconds, as witnessed: see grow() */
+    time_t due;             /* when the next try is to be, if this one ends without a word */
     struct recipient *recipients;
     size_t count;
     bool part;              /* this process tries only some recipients of it */
-    bool torn;              /* our last write may have left half a line */
+    bool torn;              /* half a line stands at the end */
     bool gone;              /* removed from the queue */
 };
 
@@ -520,7 +523,7 @@ static bool read_envelope(struct message *m)
         return false;
     *end = '\0';
     strcpy(m->reverse_path, line + 11);
-    m->eight_bit = strcmp(end + 1, " BODY=8BITMIME") == 0;
+    m->declared = strcmp(end + 1, " BODY=8BITMIME") == 0;
     while ((line = read_line(&r)) != NULL && strncmp(line, "RCPT TO:<", 9) == 0) {
         end = path_end(line + 9);
         if (end == NULL || end - line - 9 >= PATH_LIMIT)
@@ -570,6 +573,7 @@ static void read_outcomes(struct message *m)
         }
     }
     m->whole = reader_offset(&r);
+    m->torn = r.size > r.used;
     m->age = grow(m->age, last, time(NULL));
 }
 
@@ -643,11 +647,12 @@ static uint32_t lane_of_message(const struct message *m)
 
 /* ==== Outcomes =========================================================== */
 
-static void set_due(const struct message *m, time_t when)
+/* Sets the file's modification time to m->due.  Every write undoes that. */
+static void set_due(const struct message *m)
 {
     struct timespec times[2];
 
-    times[0].tv_sec = times[1].tv_sec = when;
+    times[0].tv_sec = times[1].tv_sec = m->due;
     times[0].tv_nsec = times[1].tv_nsec = 0;
     futimens(m->fd, times);
 }
@@ -719,11 +724,12 @@ static bool is_last_record(const struct message *m, enum outcome outcome)
     return !m->part;
 }
 
-static void remove_message(struct message *m)
+static bool remove_message(struct message *m)
 {
-    if (unlink(spool_path("queue", m->id)) != 0 && errno != ENOENT)
+    m->gone = unlink(spool_path("queue", m->id)) == 0 || errno == ENOENT;
+    if (!m->gone)
         logmsg("%s is done and cannot be removed (%s)", m->id, strerror(errno));
-    m->gone = true;
+    return m->gone;
 }
 
 /* Writes the outcomes below the dot, in one write and synced.  When nobody is
@@ -735,8 +741,7 @@ static bool write_outcomes(struct message *m, enum outcome outcome)
     char *text;
     bool ok = true;
 
-    if (is_last_record(m, outcome)) {
-        remove_message(m);
+    if (is_last_record(m, outcome) && remove_message(m)) {
         log_outcomes(m, outcome);
         return true;
     }
@@ -745,6 +750,7 @@ static bool write_outcomes(struct message *m, enum outcome outcome)
         ok = (!m->torn || write(m->fd, "\r\n", 2) == 2)
             && write(m->fd, text, size) == (ssize_t)size && fsync(m->fd) == 0;
         m->torn = !ok;
+        set_due(m);
     }
     free(text);
     if (ok)
@@ -1188,39 +1194,30 @@ static enum outcome say_hello(struct exchange *x)
     return judge(code);
 }
 
-/* Does the message hold octets beyond ASCII, whatever its sender declared? */
-static bool has_eight_bit(const struct message *m)
+/* Goes once through the message for what MAIL has to say of it: whether octets
+ * beyond ASCII are in it, whatever its sender declared, and its size as RFC 1870
+ * counts it, without the doubled dots. */
+static void survey(struct message *m)
 {
-    static unsigned char block[BLOCK];
+    static unsigned char block[1 + BLOCK];
     unsigned char bits = 0;
     ssize_t n;
 
-    for (off_t at = m->body; at < m->end && bits < 0x80; at += n) {
-        n = pread(m->fd, block, m->end - at < BLOCK ? (size_t)(m->end - at) : BLOCK, at);
-        if (n <= 0)
-            return m->eight_bit;
-        for (ssize_t i = 0; i < n; i++)
-            bits |= block[i];
-    }
-    return bits >= 0x80;
-}
-
-/* The message's size as RFC 1870 counts it: without the doubled dots. */
-static unsigned long long exact_size(const struct message *m)
-{
-    static char block[BLOCK];
-    unsigned long long size = (unsigned long long)(m->end - m->body);
-    char before = '\n';
-    ssize_t n;
-
+    m->size = (unsigned long long)(m->end - m->body);
+    block[0] = '\n';
     for (off_t at = m->body; at < m->end; at += n) {
-        n = pread(m->fd, block, m->end - at < BLOCK ? (size_t)(m->end - at) : BLOCK, at);
+        const unsigned char *dot = block;
+
+        n = pread(m->fd, block + 1, m->end - at < BLOCK ? (size_t)(m->end - at) : BLOCK, at);
         if (n <= 0)
-            break;
-        for (ssize_t i = 0; i < n; before = block[i++])
-            size -= block[i] == '.' && before == '\n';
+            return;         /* send_message() will say so */
+        for (ssize_t i = 1; i <= n; i++)
+            bits |= block[i];
+        while ((dot = memchr(dot + 1, '.', (size_t)(block + n - dot))) != NULL)
+            m->size -= dot[-1] == '\n';
+        block[0] = block[n];
     }
-    return size;
+    m->eight_bit = bits >= 0x80;
 }
 
 /* Sends the message and its final dot, as they stand in the file. */
@@ -1279,8 +1276,7 @@ static bool transfer_message(struct exchange *x, struct message *m, struct recip
 }
 
 /* The envelope's commands, in memory that is the caller's. */
-static char *compose_envelope(const struct exchange *x, const struct message *m, struct recipient **to, size_t count,
-    bool eight_bit)
+static char *compose_envelope(const struct exchange *x, const struct message *m, struct recipient **to, size_t count)
 {
     char *text = NULL;
     size_t size;
@@ -1288,8 +1284,8 @@ static char *compose_envelope(const struct exchange *x, const struct message *m,
 
     fprintf(lines, "MAIL FROM:<%s>", m->reverse_path);
     if (x->sized)
-        fprintf(lines, " SIZE=%lld", (long long)(m->end - m->body));
-    fprintf(lines, "%s\r\n", x->eight_bit && (eight_bit || m->eight_bit) ? " BODY=8BITMIME" : "");
+        fprintf(lines, " SIZE=%llu", m->size);
+    fprintf(lines, "%s\r\n", x->eight_bit && (m->eight_bit || m->declared) ? " BODY=8BITMIME" : "");
     for (size_t i = 0; i < count; i++)
         fprintf(lines, "RCPT TO:<%s>\r\n", to[i]->address);
     fprintf(lines, "DATA\r\n");
@@ -1348,9 +1344,9 @@ static bool say_envelope(struct exchange *x, const char *line, struct recipient 
 }
 
 /* One transaction (RFC 5321 3.3).  False: the connection is of no more use. */
-static bool transact(struct exchange *x, struct message *m, struct recipient **to, size_t count, bool eight_bit)
+static bool transact(struct exchange *x, struct message *m, struct recipient **to, size_t count)
 {
-    char *text = compose_envelope(x, m, to, count, eight_bit);
+    char *text = compose_envelope(x, m, to, count);
     size_t accepted;
     bool alive;
     int data;
@@ -1553,7 +1549,7 @@ static bool any_pending(struct recipient **to, size_t count)
 
 /* As many transactions as the recipients need.  False: the connection is of no
  * more use. */
-static bool transact_all(struct exchange *x, struct message *m, struct recipient **to, size_t count, bool eight_bit)
+static bool transact_all(struct exchange *x, struct message *m, struct recipient **to, size_t count)
 {
     size_t i = 0;
 
@@ -1567,7 +1563,7 @@ static bool transact_all(struct exchange *x, struct message *m, struct recipient
         /* The transaction before may have come to nothing, and still be open. */
         if (i > n && n > 0 && say(x, ENVELOPE, "RSET\r\n") == 0)
             return false;
-        if (n > 0 && !transact(x, m, group, n, eight_bit))
+        if (n > 0 && !transact(x, m, group, n))
             return false;
     }
     return true;
@@ -1577,17 +1573,16 @@ static bool transact_all(struct exchange *x, struct message *m, struct recipient
 static void talk(struct exchange *x, struct message *m, struct recipient **to, size_t count)
 {
     enum outcome hello = say_hello(x);
-    bool alive = x->code != 0, eight_bit = (m->eight_bit && x->eight_bit) || has_eight_bit(m);
-    bool doubtful = x->max_size > 0 && (unsigned long long)(m->end - m->body) > x->max_size;
+    bool alive = x->code != 0;
 
     if (hello != SENT)
         settle_all(to, count, hello, x->label, x->words);
-    else if (doubtful && exact_size(m) > x->max_size)
+    else if (x->max_size > 0 && m->size > x->max_size)
         settle_all(to, count, FAILED, x->label, "5.3.4 the message is larger than this exchanger takes");
-    else if (eight_bit && !x->eight_bit)    /* RFC 6152 3: we do not convert */
+    else if (m->eight_bit && !x->eight_bit)     /* RFC 6152 3: we do not convert */
         settle_all(to, count, FAILED, x->label, "5.6.3 8-bit content, and this exchanger offers no 8BITMIME");
     else
-        alive = transact_all(x, m, to, count, eight_bit);
+        alive = transact_all(x, m, to, count);
     if (alive)
         say(x, QUIT, "QUIT\r\n");
     spend(x);
@@ -1620,6 +1615,8 @@ static bool deliver(struct message *m, struct recipient **to, size_t count)
         settle_all(to, count, route->outcome, "-", route->words);
     for (size_t k = 0; k < route->count; k++)
         route->x[k].id = m->id;
+    if (route->count > 0)
+        survey(m);
     while (i < route->count && any_pending(to, count)) {
         unsigned preference = route->x[i].preference;
         struct exchange *x = race(route, preference);
@@ -1892,8 +1889,9 @@ static void conclude(struct message *m, struct draft *report)
     }
     if ((failed && !write_outcomes(m, FAILED)) || !write_outcomes(m, LATER))
         logmsg("%s outcomes cannot be recorded (%s)", m->id, strerror(errno));
+    m->due = time(NULL) + (time_t)back_off(m->age);
     if (owed)
-        set_due(m, time(NULL) + (time_t)back_off(m->age));
+        set_due(m);
     else if (!m->gone)
         remove_message(m);
 }
@@ -1906,10 +1904,11 @@ static bool try_message(struct message *m, struct draft *report)
     size_t count;
     bool reached = true;
 
+    if (m->torn && ftruncate(m->fd, m->whole) == 0)
+        m->torn = false;
     /* If this process is killed, the message is not tried again at once. */
-    set_due(m, time(NULL) + (time_t)back_off(m->age));
-    if (ftruncate(m->fd, m->whole) != 0)
-        logmsg("%s has a torn line that cannot be cut away (%s)", m->id, strerror(errno));
+    m->due = time(NULL) + (time_t)back_off(m->age);
+    set_due(m);
     count = make_parties(m, order, parties);
     if (count == 1) {
         reached = deliver(m, parties[0].to, parties[0].count);
@@ -1998,7 +1997,7 @@ static time_t due_time(const char *id, bool make_due, bool complain)
         return now;
     }
     /* Further away than any back-off: the clock was wrong, then or now. */
-    return st.st_mtime > now + most ? now : st.st_mtime;
+    return st.st_mtime <= now || st.st_mtime > now + most ? now : st.st_mtime;
 }
 
 void forward_due(const char *id)

@@ -1182,6 +1182,11 @@ static void wait_for_events(fd_set *readable, fd_set *writable, int top, int64_t
     if (pselect(top + 1, readable, writable, NULL, until == INT64_MAX ? NULL : &timeout, mask) < 0) {
         FD_ZERO(readable);          /* a signal: the sets mean nothing now */
         FD_ZERO(writable);
+    } else {                        /* where something is always ready, Linux never gets to the signals */
+        sigset_t blocked;
+
+        sigprocmask(SIG_SETMASK, mask, &blocked);
+        sigprocmask(SIG_SETMASK, &blocked, NULL);
     }
 }
 
@@ -1235,7 +1240,9 @@ static void serve_session(struct session *s, const fd_set *readable, const fd_se
 {
     int fd = s->phase == STORING ? s->pipe : s->fd;
 
-    if (FD_ISSET(fd, writable)) {
+    if (s->phase == CLOSING && clock_ms() >= s->deadline) {
+        s->phase = GONE;
+    } else if (FD_ISSET(fd, writable)) {
         size_t before = s->out.size;
 
         flush(s);
@@ -1249,13 +1256,9 @@ static void serve_session(struct session *s, const fd_set *readable, const fd_se
             converse(s, s->in.bytes, got_term ? 0 : s->in.size);
     } else if (FD_ISSET(fd, readable)) {
         hear(s);
-    } else if (s->phase != STORING && clock_ms() >= s->deadline) {
-        if (s->phase < CLOSING) {
-            reply(s, "421 4.4.2 %s Error: timeout exceeded", settings.hostname);
-            start_closing(s);
-        } else {
-            s->phase = GONE;
-        }
+    } else if (s->phase < STORING && clock_ms() >= s->deadline) {
+        reply(s, "421 4.4.2 %s Error: timeout exceeded", settings.hostname);
+        start_closing(s);
     }
 }
 

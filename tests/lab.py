@@ -735,6 +735,10 @@ class Relay:
     def hangup(self):
         os.kill(self.pid, signal.SIGHUP)
 
+    def hangup_until(self, condition, what="what was waited for"):
+        """SIGHUP, and again: one that comes while a message is still being tried is in vain."""
+        wait_for(lambda: condition() or self.hangup(), what=what)
+
     def terminate(self, timeout=20):
         """SIGTERM; returns the exit status.  Forwarders that are under way stay."""
         if self.process.poll() is None:
