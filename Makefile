@@ -14,6 +14,11 @@ $(OBJECTS): smtp.h
 test: smtp
 	sh tests/run
 
+# Kills it at random moments, and at each system call of a message's life.
+crash: smtp
+	python3 tests/crash.py 300
+	CRASH=all sh tests/run tests/test_crash.py
+
 demo: smtp
 	python3 tests/demo.py
 

@@ -1,0 +1,916 @@
+"""The way out: who is chosen, what is said to him, and what his answers mean."""
+import contextlib
+import os
+import re
+import signal
+import socket
+import threading
+import time
+
+import pytest
+
+from lab import HOSTNAME, Exchanger, loopback, transcript, wait_for
+
+BODY = "Subject: x\n\nDear Nour\n"
+
+
+def send(server, *recipients, body=BODY, sender=""):
+    """A message from nobody, whose failures make no further message, unless said."""
+    with server.client() as client:
+        return client.deliver(sender, recipients, body)
+
+
+def outcome(server, to):
+    """The one line that the log has on the recipient."""
+    found, = server.outcomes(to)
+    return found
+
+
+def label(exchanger):
+    """How log and spool name it."""
+    return f"{exchanger.name}[{exchanger.host}]"
+
+
+def wait_until_empty(server):
+    wait_for(lambda: not server.queue(), what="an empty queue")
+
+
+# ---- Who belongs together -----------------------------------------------------------------
+
+
+def test_one_transaction_per_domain(dns, exchangers, relay):
+    net, org = exchangers(2)
+    dns.mail("example.net", (10, net))
+    dns.mail("example.org", (10, org))
+    server = relay(mx_port=net.port)
+    send(server, "a@example.net", "c@example.org", "b@EXAMPLE.net", "d@Example.Org", "a@example.net")
+    wait_until_empty(server)
+    assert [message.recipients for message in net.messages] == [["<a@example.net>", "<b@EXAMPLE.net>"]]
+    assert [message.recipients for message in org.messages] == [["<c@example.org>", "<d@Example.Org>"]]
+
+
+def test_more_recipients_than_fit_a_transaction(world):
+    """RFC 5321 4.5.3.1.8: a server has to take 100, and need not take more."""
+    recipients = [f"b{n}@example.net" for n in range(250)]
+    send(world.relay, *recipients)
+    messages = world.exchanger.wait_for_messages(3)
+    assert [len(message.recipients) for message in messages] == [100, 100, 50]
+    assert [path for message in messages for path in message.recipients] == [f"<{to}>" for to in recipients]
+    assert len(world.exchanger.connections) == 1
+
+
+@pytest.mark.parametrize("extensions", [("PIPELINING",), ()], ids=["pipelined", "in lockstep"])
+@pytest.mark.parametrize("refusal", ["RCPT", "DATA"])
+def test_next_transaction_after_one_that_came_to_nothing(world, extensions, refusal):
+    """What was begun has to be taken back (RSET), or the next MAIL is out of place."""
+    times = 100 if refusal == "RCPT" else 1
+    world.exchanger.set(extensions=extensions, replies={refusal: ["550 5.1.1 nobody"] * times})
+    send(world.relay, *(f"b{n}@example.net" for n in range(101)))
+    assert outcome(world.relay, "b0@example.net").status == "failed"
+    assert outcome(world.relay, "b100@example.net").status == "sent"
+    message, = world.exchanger.messages
+    assert message.recipients == ["<b100@example.net>"]
+
+
+@pytest.mark.parametrize("domains", [2, 12])
+def test_dead_domain_delays_no_other(dns, exchangers, relay, domains):
+    dead, live = exchangers(2)
+    dead.set(stall_at="CONNECT")
+    dns.mail("d0.example.net", (10, dead))
+    for n in range(1, domains):
+        dns.mail(f"d{n}.example.net", (10, live))
+    server = relay("-w", "15", mx_port=live.port)
+    send(server, *(f"b@d{n}.example.net" for n in range(domains)))
+    live.wait_for_messages(domains - 1, timeout=10)
+    assert not server.logged("d0.example.net")
+
+
+def test_exchanger_that_never_answers_delays_no_other_message(dns, exchangers, relay):
+    dead, live = exchangers(2)
+    dead.set(stall_at="CONNECT")
+    dns.mail("example.org", (10, dead))
+    dns.mail("example.net", (10, live))
+    server = relay(mx_port=live.port)
+    with server.client() as client:
+        for n in range(3):
+            client.deliver("", ["b@example.org"], BODY)
+        client.deliver("", ["b@example.net"], BODY)
+    live.wait_for_messages(1)
+    wait_for(lambda: len(dead.connections) == 3)
+    assert not server.logged("b@example.org")
+
+
+# ---- Preference -----------------------------------------------------------------------------
+
+
+def test_preference(dns, exchangers, relay):
+    """RFC 5321 5.1: the next preference only when nobody of this one is left."""
+    first, second, third = exchangers(3)
+    dns.mail("example.net", (30, third), (10, first), (20, second))
+    first.set(greeting_delay=0.1)
+    server = relay(mx_port=first.port)
+    for mx in (first, second, third):
+        send(server, "b@example.net")
+        mx.wait_for_messages(1)
+        mx.stop()
+    assert [len(mx.connections) for mx in (first, second, third)] == [1, 1, 1]
+
+
+def test_all_equals_before_the_next_preference(dns, exchangers, relay):
+    one, other, gone, next_one = exchangers(4)
+    dns.mail("example.net", (10, one), (10, other), (10, gone), (20, next_one))
+    gone.stop()
+    one.set(replies={"RCPT": "451 4.7.1 later"})
+    other.set(replies={"MAIL": "451 4.7.1 later"})
+    server = relay(mx_port=one.port)
+    send(server, "b@example.net")
+    next_one.wait_for_messages(1)
+    for mx in (one, other):
+        assert "EHLO " + HOSTNAME in mx.connections[-1].commands
+        assert mx.connections[-1].commands[-1] == "QUIT"
+
+
+def test_who_said_yes_at_one_exchanger_is_not_taken_to_the_next(dns, exchangers, relay):
+    first, second = exchangers(2)
+    dns.mail("example.net", (10, first), (20, second))
+    first.set(replies={("RCPT", "<b@example.net>"): "451 4.7.1 later", ("RCPT", "<c@example.net>"): "550 5.1.1 no"})
+    server = relay(mx_port=first.port)
+    send(server, *(f"{name}@example.net" for name in "abcd"))
+    second.wait_for_messages(1)
+    assert first.messages[0].recipients == ["<a@example.net>", "<d@example.net>"]
+    assert second.messages[0].recipients == ["<b@example.net>"]
+    assert outcome(server, "b@example.net").relay == label(second)
+    assert outcome(server, "c@example.net").relay == label(first)
+
+
+def test_at_most_ten_exchangers(dns, exchangers, relay):
+    many = exchangers(12)
+    dns.mail("example.net", *enumerate(many))
+    for mx in many:
+        mx.set(replies={"CONNECT": "421 4.3.2 closed"})
+    server = relay(mx_port=many[0].port)
+    send(server, "b@example.net")
+    assert outcome(server, "b@example.net").status == "later"
+    assert [len(mx.connections) for mx in many] == [1] * 10 + [0] * 2
+
+
+def test_at_most_twenty_addresses(world):
+    """Nobody listens at them: what the relay tried is in its log."""
+    world.dns.mx("example.net", (10, "mx1.example.net"), (10, "mx2.example.net"))
+    for name in ("mx1.example.net", "mx2.example.net"):
+        world.dns.a(name, *{loopback() for _ in range(15)})
+    send(world.relay, "b@example.net")
+    assert outcome(world.relay, "b@example.net").status == "later"
+    race, = world.relay.logged(" race: (.*)")
+    assert race[1].count("Connection refused") == 20
+
+
+def test_same_address_by_two_names_is_tried_once(dns, exchangers, relay):
+    mx, = exchangers(1)
+    dns.mx("example.net", (10, "mx1.example.net"), (20, "mx2.example.net"))
+    dns.a("mx1.example.net", mx.host)
+    dns.a("mx2.example.net", mx.host)
+    mx.set(replies={"MAIL": "451 4.7.1 later"})
+    server = relay(mx_port=mx.port)
+    send(server, "b@example.net")
+    assert outcome(server, "b@example.net").status == "later"
+    assert len(mx.connections) == 1
+
+
+# ---- The race among equals ----------------------------------------------------------------------
+
+
+def test_lowest_latency_wins(dns, exchangers, relay):
+    far, near, worse = exchangers(3)
+    dns.mail("example.net", (10, far), (10, near), (20, worse))
+    far.set(greeting_delay=0.05)
+    server = relay(mx_port=near.port)
+    with server.client() as client:
+        for n in range(100):
+            client.deliver("", ["b@example.net"], BODY)
+            wait_for(lambda: len(near.messages) + len(far.messages) > n)
+        assert len(near.messages) >= 95
+        near.stop()
+        sent = len(far.messages)
+        for n in range(3):
+            client.deliver("", ["b@example.net"], BODY)
+        far.wait_for_messages(sent + 3)
+    assert not worse.connections
+
+
+def test_what_was_measured_is_logged(dns, exchangers, relay):
+    near, far, silent, refusing, gone = exchangers(5)
+    dns.mail("example.net", *((10, mx) for mx in (far, near, silent, refusing, gone)))
+    near.set(greeting_delay=0.2)
+    far.set(greeting_delay=60)
+    silent.set(stall_at="CONNECT")
+    refusing.set(replies={"CONNECT": "554-5.7.1 go\n554 away"})
+    gone.stop()
+    server = relay(mx_port=near.port)
+    send(server, "b@example.net")
+    near.wait_for_messages(1)
+    id = outcome(server, "b@example.net").id
+    line = server.wait_for_log(rf"^{id} race: (.*)$")[1]
+    took = re.sub(r"\d+\.\d\d(?=ms)", "#", line)
+    assert took == (
+        f"{label(far)} handshake=#ms greeting=-; {label(near)} handshake=#ms greeting=#ms; "
+        f"{label(silent)} handshake=#ms greeting=-; {label(refusing)} handshake=#ms (554 5.7.1 go away); "
+        f"{label(gone)} (4.4.1 Connection refused)")
+    handshake, greeting = re.search(r" handshake=([\d.]+)ms greeting=([\d.]+)ms", line).groups()
+    assert float(handshake) < 200 <= float(greeting) < 20000
+
+
+@pytest.mark.parametrize("no", ["421 4.3.2 closed", "554 5.7.1 go away", b"\r\n"])
+def test_first_to_answer_wins_only_with_a_greeting(dns, exchangers, relay, no):
+    first, second = exchangers(2)
+    dns.mail("example.net", (10, first), (10, second))
+    first.set(replies={"CONNECT": no})
+    second.set(greeting_delay=0.2)
+    send(relay(mx_port=first.port), "b@example.net")
+    second.wait_for_messages(1)
+
+
+def test_loser_that_has_not_greeted_is_left_without_a_word(dns, exchangers, relay):
+    """To talk before the greeting is a fault (RFC 5321 3.1)."""
+    near, far = exchangers(2)
+    dns.mail("example.net", (10, far), (10, near))
+    far.set(stall_at="CONNECT")
+    send(relay(mx_port=near.port), "b@example.net")
+    near.wait_for_messages(1)
+    connection, = wait_for(lambda: far.connections)
+    wait_for(lambda: connection.closed)
+    assert connection.chunks == []
+
+
+def test_loser_that_has_greeted_is_told_quit(dns, exchangers, relay):
+    """The relay is stopped while both greet, and so finds both greetings at once."""
+    pair = exchangers(2)
+    dns.mail("example.net", *((10, mx) for mx in pair))
+    now = threading.Event()
+    for mx in pair:
+        mx.set(replies={"CONNECT": lambda connection: now.wait(20) and None})
+    server = relay(mx_port=pair[0].port)
+    send(server, "b@example.net")
+    wait_for(lambda: pair[0].connections and pair[1].connections)
+    os.killpg(server.pid, signal.SIGSTOP)
+    now.set()
+    wait_for(lambda: all(mx.connections[0].transcript for mx in pair))
+    os.killpg(server.pid, signal.SIGCONT)
+    winner, = wait_for(lambda: [mx for mx in pair if mx.messages])
+    loser, = (mx for mx in pair if mx is not winner)
+    wait_for(lambda: loser.connections[0].closed)
+    assert loser.connections[0].commands == ["QUIT"]
+
+
+@pytest.mark.parametrize("slow", [0, 1], ids=["IPv4 slow", "IPv6 slow"])
+def test_families_race(dns, exchangers, relay, ipv6, slow):
+    both = exchangers(1, "::1")
+    dns.mx("example.net", (10, "mx.example.net"))
+    dns.a("mx.example.net", both[0].host)
+    dns.aaaa("mx.example.net", both[1].host)
+    both[slow].set(greeting_delay=60)
+    server = relay(mx_port=both[0].port)
+    send(server, "b@example.net")
+    both[1 - slow].wait_for_messages(1)
+    assert outcome(server, "b@example.net").relay == f"mx.example.net[{both[1 - slow].host}]"
+    wait_for(lambda: both[slow].connections)
+
+
+# ---- The dialogue -------------------------------------------------------------------------------
+
+
+def test_pipelined(world):
+    """RFC 2920 3.1: the envelope in one packet; the message is sent only after the 354."""
+    send(world.relay, "a@example.net", "b@example.net", sender="nour@example.org")
+    message, = world.exchanger.wait_for_messages(1)
+    connection = message.connection
+    wait_for(lambda: connection.closed)
+    size = len(message.data)
+    assert connection.transcript == [
+        ("S", "220 mx1.example.net ESMTP"),
+        ("C", f"EHLO {HOSTNAME}"),
+        ("S", "250-mx1.example.net"), ("S", "250-PIPELINING"), ("S", "250-SIZE 10485760"), ("S", "250-8BITMIME"),
+        ("S", "250 ENHANCEDSTATUSCODES"),
+        ("C", f"MAIL FROM:<nour@example.org> SIZE={size}"), ("S", "250 2.1.0 Ok"),
+        ("C", "RCPT TO:<a@example.net>"), ("S", "250 2.1.5 Ok"),
+        ("C", "RCPT TO:<b@example.net>"), ("S", "250 2.1.5 Ok"),
+        ("C", "DATA"), ("S", "354 End data with <CR><LF>.<CR><LF>"),
+        ("C", "."), ("S", "250 2.0.0 Ok"),
+        ("C", "QUIT"), ("S", "221 2.0.0 Bye")]
+    hello, envelope, content, quit = connection.chunks
+    assert hello == f"EHLO {HOSTNAME}\r\n".encode() and quit == b"QUIT\r\n"
+    assert envelope == (f"MAIL FROM:<nour@example.org> SIZE={size}\r\nRCPT TO:<a@example.net>\r\n"
+                        "RCPT TO:<b@example.net>\r\nDATA\r\n").encode()
+    assert content == message.raw + b".\r\n"
+
+
+def test_in_lockstep(world):
+    """Each command waits for the reply to the one before."""
+    world.exchanger.set(extensions=("8BITMIME",))
+    send(world.relay, "a@example.net", "b@example.net")
+    message, = world.exchanger.wait_for_messages(1)
+    wait_for(lambda: message.connection.closed)
+    assert message.connection.chunks == [
+        f"EHLO {HOSTNAME}\r\n".encode(), b"MAIL FROM:<>\r\n", b"RCPT TO:<a@example.net>\r\n",
+        b"RCPT TO:<b@example.net>\r\n", b"DATA\r\n", message.raw + b".\r\n", b"QUIT\r\n"]
+
+
+@pytest.mark.parametrize("code", [500, 502, 504, 550])
+def test_helo_where_ehlo_is_refused(world, code):
+    """RFC 5321 3.2; what stands in the refusal is no offer."""
+    world.exchanger.set(replies={"EHLO": f"{code}-5.5.1 no\n{code} SIZE 1"})
+    send(world.relay, "b@example.net")
+    message, = world.exchanger.wait_for_messages(1)
+    assert message.connection.commands[:3] == [f"EHLO {HOSTNAME}", f"HELO {HOSTNAME}", "MAIL FROM:<>"]
+
+
+EIGHT_BIT = "Subject: x\n\nGr\u00fc\u00dfe\n"
+
+
+@pytest.mark.parametrize("extensions, parameters", [
+    (("SIZE 10485760", "8BITMIME"), "SIZE=# BODY=8BITMIME"), (("size 10485760", "8BitMime"), "SIZE=# BODY=8BITMIME"),
+    (("SIZE", "8BITMIME"), "SIZE=# BODY=8BITMIME"), (("SIZE 0", "8BITMIME"), "SIZE=# BODY=8BITMIME"),
+    (("8BITMIME", "XSIZE 1", "SIZEX 1"), "BODY=8BITMIME")])
+def test_parameters_where_offered(world, extensions, parameters):
+    """RFC 1870 4: SIZE with 0 or without a number is an offer, too."""
+    world.exchanger.set(extensions=extensions)
+    send(world.relay, "b@example.net", body=EIGHT_BIT)
+    message, = world.exchanger.wait_for_messages(1)
+    assert message.reverse_path == "<> " + parameters.replace("#", str(len(message.data)))
+
+
+def test_7_bit_content_is_not_called_8_bit(world):
+    send(world.relay, "b@example.net")
+    message, = world.exchanger.wait_for_messages(1)
+    assert "BODY" not in message.reverse_path
+
+
+def test_8_bit_content_without_8bitmime(world):
+    """RFC 6152 3.  It is not converted here."""
+    world.exchanger.set(extensions=("PIPELINING",))
+    send(world.relay, "b@example.net", body=EIGHT_BIT)
+    found = outcome(world.relay, "b@example.net")
+    assert (found.relay, found.status, found.words[:6]) == (label(world.exchanger), "failed", "5.6.3 ")
+    wait_for(lambda: world.exchanger.connections[0].commands == [f"EHLO {HOSTNAME}", "QUIT"])
+
+
+def test_7_bit_content_declared_as_8_bit_needs_no_8bitmime(world):
+    world.exchanger.set(extensions=())
+    with world.relay.client() as client:
+        for line in ("EHLO me.com", "MAIL FROM:<> BODY=8BITMIME", "RCPT TO:<b@example.net>", "DATA",
+                     "Subject: x\r\n\r\n."):
+            reply = client.say(line)
+    assert reply.startswith("250 2.0.0 Ok: queued as ")
+    message, = world.exchanger.wait_for_messages(1)
+    assert message.reverse_path == "<>"
+
+
+@pytest.mark.parametrize("missing, status", [(0, "sent"), (1, "failed")])
+def test_size_that_the_exchanger_takes(world, missing, status):
+    """RFC 1870 3: the dots that were doubled for the way do not count.  The spool says
+    how large the message is; the limit of the exchanger is that, or an octet less."""
+    def hello(connection):
+        path, = world.relay.queue()
+        content = path.read_bytes().partition(b"\r\nDATA\r\n")[2].partition(b"\r\n.\r\n")[0] + b"\r\n"
+        return f"250-mx1.example.net\n250 SIZE {len(re.sub(rb'(?m)^[.]', b'', content)) - missing}"
+
+    world.exchanger.set(replies={"EHLO": hello})
+    send(world.relay, "b@example.net", body="Subject: x\n\n.one\n..two\n.\n")
+    found = outcome(world.relay, "b@example.net")
+    assert found.status == status
+    connection, = world.exchanger.connections
+    if status == "failed":
+        assert found.words.startswith("5.3.4 ")
+        wait_for(lambda: connection.commands == [f"EHLO {HOSTNAME}", "QUIT"])
+
+
+@pytest.mark.parametrize("data, end", [
+    ("354 go ahead", ["DATA", ".", "QUIT"]), ("554 5.5.1 nobody", ["DATA", "QUIT"]),
+    ("451 4.3.0 no", ["DATA", "QUIT"])])
+def test_all_recipients_are_refused_and_data_is_on_its_way(world, data, end):
+    """RFC 2920 3.1: who says 354 all the same is given an empty message."""
+    world.exchanger.set(replies={"RCPT": "550 5.1.1 nobody", "DATA": data})
+    send(world.relay, "a@example.net", "b@example.net")
+    for to in ("a@example.net", "b@example.net"):
+        assert outcome(world.relay, to).words == "550 5.1.1 nobody"
+    connection, = world.exchanger.connections
+    wait_for(lambda: connection.closed)
+    assert connection.commands[-len(end):] == end
+    assert connection.chunks[2:] == [end_line.encode() + b"\r\n" for end_line in end[1:]]
+
+
+def test_all_recipients_are_refused_in_lockstep(world):
+    world.exchanger.set(extensions=(), replies={"RCPT": "550 5.1.1 nobody"})
+    send(world.relay, "b@example.net")
+    assert outcome(world.relay, "b@example.net").status == "failed"
+    wait_for(lambda: world.exchanger.connections[0].commands[-2:] == ["RCPT TO:<b@example.net>", "QUIT"])
+
+
+@pytest.mark.parametrize("extensions", [Exchanger.EXTENSIONS, ()], ids=["pipelined", "in lockstep"])
+def test_every_recipient_has_an_outcome_of_its_own(world, extensions):
+    """552 is too many recipients to an old server: RFC 5321 4.5.3.1.10."""
+    world.exchanger.set(extensions=extensions, replies={("RCPT", "<a@example.net>"): "550 5.1.1 nobody",
+                                                        ("RCPT", "<b@example.net>"): "451 4.7.1 later",
+                                                        ("RCPT", "<d@example.net>"): "552 5.2.2 too many",
+                                                        ".": "250 2.0.0 Ok: queued"})
+    reply = send(world.relay, *(f"{name}@example.net" for name in "abcd"))
+    id = reply.removeprefix("250 2.0.0 Ok: queued as ")
+    wait_for(lambda: len(world.relay.logged(" to=<")) >= 4)
+    assert sorted(re.sub(r"delay=\d+", "delay=#", match.string) for match in world.relay.logged("to=<")) == [
+        f"{id} to=<{name}@example.net> relay={label(world.exchanger)} delay=# status={status} ({words})"
+        for name, status, words in [
+            ("a", "failed", "550 5.1.1 nobody"), ("b", "later", "451 4.7.1 later"),
+            ("c", "sent", "250 2.0.0 Ok: queued"), ("d", "later", "552 5.2.2 too many")]]
+    message, = world.exchanger.messages
+    assert message.recipients == ["<c@example.net>"]
+
+
+# ---- What the answers mean ------------------------------------------------------------------------
+#
+# The exchanger that misbehaves is the first for example.net, where another stands behind
+# it, and the only one for example.org.
+
+
+STAGES = ["CONNECT", "EHLO", "HELO", "MAIL", "RCPT", "DATA", "."]
+BOTH = ("b@example.net", "b@example.org")
+
+
+class Pair:
+    def __init__(self, dns, exchangers, relay):
+        self.bad, self.good = exchangers(2)
+        dns.mail("example.net", (10, self.bad), (20, self.good))
+        dns.mail("example.org", (10, self.bad))
+        self._relay = relay
+
+    def start(self, *options):
+        return self._relay(*options, mx_port=self.bad.port)
+
+    def expect_next(self, *options):
+        """The first is of no use now, and the message goes to the second.  Returns what
+        became of it where there is none."""
+        server = self.start(*options)
+        send(server, *BOTH)
+        assert self.good.wait_for_messages(1)[0].recipients == ["<b@example.net>"]
+        found = outcome(server, "b@example.net")
+        assert (found.relay, found.status) == (label(self.good), "sent")
+        found = outcome(server, "b@example.org")
+        assert (found.relay, found.status) == (label(self.bad), "later")
+        return found
+
+
+@pytest.fixture
+def pair(dns, exchangers, relay):
+    return Pair(dns, exchangers, relay)
+
+
+def at(key, **behaviour):
+    """The behaviour, and a dialogue that comes to the key."""
+    if key == "HELO":
+        behaviour["replies"] = {**behaviour.get("replies", {}), "EHLO": "502 5.5.1 no"}
+    return behaviour
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_4xx(pair, stage):
+    pair.bad.set(**at(stage, replies={stage: "451-4.3.0 wait\n451 4.3.0 a while"}))
+    assert pair.expect_next().words == "451 4.3.0 wait 4.3.0 a while"
+
+
+@pytest.mark.parametrize("stage", STAGES + ["BODY"])
+@pytest.mark.parametrize("reset", [False, True], ids=["closed", "reset"])
+def test_lost_connection(pair, stage, reset):
+    pair.bad.set(**at(stage, drop_at=stage, reset=reset))
+    words = pair.expect_next().words
+    # A reset may come before connect() has been seen to succeed.
+    assert words.startswith("4.4.2 connection lost at ") or (stage == "CONNECT" and words.startswith("4.4.1 "))
+
+
+@pytest.mark.parametrize("stage", ["HELO", "MAIL", "RCPT", "DATA", "."])
+def test_5xx(pair, stage):
+    pair.bad.set(**at(stage, replies={stage: "554-5.7.1 no\n554 5.7.1 never"}))
+    server = pair.start()
+    send(server, *BOTH)
+    for to in BOTH:
+        found = outcome(server, to)
+        assert (found.relay, found.status, found.words) == (label(pair.bad), "failed", "554 5.7.1 no 5.7.1 never")
+    assert not pair.good.connections
+    wait_until_empty(server)
+
+
+@pytest.mark.parametrize("others, status", [
+    ([], "failed"), (["554 5.3.2 no"], "failed"), (["421 4.3.2 busy"], "later"), (["SERVFAIL"], "later"),
+    (["gone"], "later"), (["220 mx"], "sent")], ids=["alone", "5xx", "4xx", "no address", "refused", "220"])
+@pytest.mark.parametrize("preference", [10, 20], ids=["equal", "next"])
+def test_5xx_greeting(dns, exchangers, relay, others, status, preference):
+    """Failed when all say so, and not when there is one who did not."""
+    first, *rest = exchangers(1 + len(others))
+    dns.mail("example.net", (10, first), *((preference, mx) for mx in rest))
+    first.set(replies={"CONNECT": "554 5.3.2 no mail here"})
+    for mx, says in zip(rest, others):
+        mx.set(replies={"CONNECT": says})
+        if says == "gone":
+            mx.stop()
+        elif says == "SERVFAIL":
+            dns.rcode(mx.name, 2)
+    server = relay(mx_port=first.port)
+    send(server, "b@example.net")
+    assert outcome(server, "b@example.net").status == status
+
+
+@pytest.mark.parametrize("stage, reply", [
+    ("CONNECT", "354 go ahead"), ("EHLO", "354 go ahead"), ("MAIL", "354 go ahead"), ("RCPT", "354 go ahead"),
+    ("DATA", "250 2.0.0 Ok"), (".", "354 go ahead")])
+def test_reply_out_of_place(pair, stage, reply):
+    """Neither yes nor no; and without a 354 nothing of the message is sent."""
+    pair.bad.set(extensions=(), replies={stage: reply})
+    assert pair.expect_next("-w", "1").words == reply
+    assert not pair.bad.messages or stage == "."
+
+
+@pytest.mark.parametrize("way", [
+    {"drop_after": "."}, {"drop_after": ".", "reset": True}, {"drop_at": "QUIT"}, {"drop_at": "QUIT", "reset": True},
+    {"stall_at": "QUIT"}, {"replies": {"QUIT": "500 5.5.1 what"}}, {"replies": {"QUIT": b"\0"}}], ids=str)
+def test_delivered_is_delivered(pair, way):
+    """At the 250, whatever comes behind it; and it is not sent again."""
+    pair.bad.set(**way)
+    server = pair.start("-w", "1")
+    send(server, "b@example.net")
+    found = outcome(server, "b@example.net")
+    assert (found.relay, found.status, found.words) == (label(pair.bad), "sent", "250 2.0.0 Ok")
+    wait_until_empty(server)
+    assert len(pair.bad.messages) == 1 and not pair.good.connections
+
+
+def test_delivered_is_recorded_before_quit(pair):
+    pair.bad.set(stall_at="QUIT")
+    server = pair.start()
+    send(server, "b@example.net")
+    assert outcome(server, "b@example.net").status == "sent"
+    assert not pair.bad.connections[0].closed
+    assert not server.queue()
+
+
+def test_refused_while_the_message_is_on_its_way(world):
+    """Who hangs up may have said why before."""
+    def refuse(connection):
+        connection.reply("552 5.3.4 too much")
+        connection.hang_up(reset=False)
+
+    world.exchanger.set(extensions=("PIPELINING",), replies={"BODY": refuse})
+    send(world.relay, "b@example.net", body=LARGE)
+    found = outcome(world.relay, "b@example.net")
+    assert (found.status, found.words) == ("failed", "552 5.3.4 too much")
+
+
+# ---- Silence, noise and lies -----------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def unconnectable(host, port):
+    """An address that takes no connection and refuses none: whoever is served there
+    does not accept, and the queue before him is full."""
+    with contextlib.ExitStack() as stack:
+        listener = stack.enter_context(socket.socket())
+        listener.bind((host, port))
+        listener.listen(0)
+        for _ in range(4):
+            waiting = stack.enter_context(socket.socket())
+            waiting.setblocking(False)
+            waiting.connect_ex((host, port))
+        yield
+
+
+@pytest.fixture
+def side_by_side(dns, exchangers, relay):
+    """Many exchangers, each with a domain of its own, and behind each of them the same
+    one that is good.  One message goes to all, waits for nobody longer than a second,
+    and so comes to the good one once per domain."""
+    def side_by_side(behaviours, context=lambda *_: contextlib.nullcontext()):
+        good, nobody, *bad = exchangers(2 + len(behaviours))
+        nobody.stop()
+        for mx, behaviour in zip(bad, behaviours):
+            mx.set(**behaviour)
+        for mx in (nobody, *bad):
+            dns.mail(f"{mx.name}.net", (10, mx), (20, good))
+        server = relay("-w", "1", mx_port=good.port)
+        with context(nobody.host, nobody.port):
+            send(server, *(f"b@{mx.name}.net" for mx in (nobody, *bad)))
+            wait_until_empty(server)
+        wait_for(lambda: len(server.logged(" status=sent ")) == 1 + len(bad))
+        assert len(good.messages) == 1 + len(bad)
+    return side_by_side
+
+
+def test_silence(side_by_side):
+    side_by_side([at(stage, stall_at=stage) for stage in STAGES], unconnectable)
+
+
+def test_silence_in_the_middle_of_the_message(pair):
+    pair.bad.set(stall_at="BODY", extensions=())
+    pair.good.set(extensions=())
+    server = pair.start("-w", "1")
+    send(server, "b@example.net", body=LARGE)
+    message, = pair.good.wait_for_messages(1)
+    assert message.data.endswith(LARGE)
+
+
+def trickle(octets):
+    """A reply that goes on and on, and never comes to an end."""
+    def reply(connection):
+        while True:
+            connection.send(octets)
+            time.sleep(0.02)
+    return reply
+
+
+NOISE = {
+    "binary": b"\0\xff\x80\r\n", "nothing": b"\r\n", "two digits": b"25\r\n", "four digits": b"2500 Ok\r\n",
+    "no digits": b"Ok\r\n", "too small": b"150 Ok\r\n", "too large": b"650 Ok\r\n", "no blank": b"250_Ok\r\n",
+    "signed": b"+25 Ok\r\n", "another protocol": b"HTTP/1.1 400 Bad Request\r\n\r\n",
+    "another code inside": b"250-Ok\r\n550 no\r\n", "endless line": b"250 " + b"x" * 100000,
+    "endless reply": b"250-Ok\r\n" * 5000}
+
+
+@pytest.mark.parametrize("stage", ["CONNECT", "EHLO", "."])
+@pytest.mark.parametrize("noise", NOISE)
+def test_noise(pair, noise, stage):
+    pair.bad.set(replies={stage: NOISE[noise]})
+    assert pair.expect_next().words.startswith("4.4.2 no SMTP reply at ")
+
+
+def test_endless_trickle(side_by_side):
+    """The whole reply has its time, not each octet of it."""
+    side_by_side([{"replies": {stage: trickle(octets)}} for stage in ("CONNECT", "EHLO", "RCPT", ".")
+                  for octets in (b"250-Ok\r\n", b"2")])
+
+
+@pytest.mark.parametrize("stage", ["CONNECT", "EHLO", "MAIL", "."])
+def test_half_a_reply(pair, stage):
+    pair.bad.set(replies={stage: b"250-Ok\r\n250"}, drop_after=stage)
+    assert pair.expect_next().words.startswith("4.4.2 connection lost at ")
+
+
+def test_reply_before_the_command(pair):
+    """It has changed its mind right behind the greeting."""
+    pair.bad.set(replies={"CONNECT": b"220 mx1 ESMTP\r\n421 4.3.2 too busy\r\n"})
+    assert pair.expect_next().words == "421 4.3.2 too busy"
+
+
+def test_receipt_before_the_message(pair):
+    """A 250 that was said before the message was sent does not say that it has arrived."""
+    pair.bad.set(replies={"DATA": b"354 go ahead\r\n250 2.0.0 Ok\r\n"}, stall_at="BODY")
+    pair.expect_next("-w", "1")
+
+
+@pytest.mark.parametrize("end", [b"\r\n", b"\n"], ids=["CRLF", "LF"])
+def test_terse_replies(world, end):
+    codes = {"CONNECT": b"220", "EHLO": b"250-" + end + b"250", "MAIL": b"250", "RCPT": b"251", "DATA": b"354",
+             ".": b"250 "}
+    world.exchanger.set(replies={key: code + end for key, code in codes.items()})
+    send(world.relay, "b@example.net")
+    found = outcome(world.relay, "b@example.net")
+    assert (found.status, found.words) == ("sent", "250")
+
+
+def test_long_replies(world):
+    """Lines as long as RFC 5321 4.5.3.1.5 allows, and many of them; of the words some are kept."""
+    line = "x" * (512 - len("250-\r\n"))
+    codes = {"CONNECT": 220, "EHLO": 250, "MAIL": 250, "RCPT": 250, ".": 250}
+    world.exchanger.set(replies={key: "\n".join([f"{code}-{line}"] * 20 + [f"{code} {line}"])
+                                 for key, code in codes.items()})
+    send(world.relay, "b@example.net")
+    found = outcome(world.relay, "b@example.net")
+    assert found.status == "sent" and re.fullmatch("250 [x ]{400,600}", found.words)
+
+
+def test_words_are_made_harmless(world):
+    """In the log and in the spool: no escapes, no 8-bit, no line ends."""
+    world.exchanger.set(replies={"RCPT": b"451-4.7.1 \x1b[31m\xc3\xa9\0\x07\t!\rx\r\n451 (%s%n\x7f\r\n"})
+    send(world.relay, "b@example.net")
+    words = "451 4.7.1 ?[31m?????!?x (%s%n?"
+    assert outcome(world.relay, "b@example.net").words == words
+    path, = world.relay.queue()
+    assert path.read_bytes().endswith(f" later <b@example.net> {label(world.exchanger)} {words}\r\n".encode())
+
+
+def test_delay_is_never_negative(world):
+    """The message has come from the future: the clock was wrong then, or it is now."""
+    path = world.relay.spool / "29991231T235959.000000-1-1"
+    path.write_bytes(b"HELO me.com\r\nMAIL FROM:<>\r\nRCPT TO:<b@example.net>\r\nDATA\r\nSubject: x\r\n\r\n.\r\n")
+    owner = (world.relay.spool / "queue").stat()
+    os.chown(path, owner.st_uid, owner.st_gid)
+    path.rename(world.relay.spool / "queue" / path.name)
+    world.relay.hangup()
+    assert world.relay.wait_for_log(r" delay=(\S+) status=sent ")[1] == "0"
+
+
+# ---- When, and where to -----------------------------------------------------------------------------
+
+
+def test_forwarding_begins_at_the_final_dot(world):
+    """Not at QUIT: the session is still open, and takes the next message."""
+    with world.relay.client() as client:
+        for count in (1, 2):
+            client.deliver("", ["b@example.net"], BODY)
+            world.exchanger.wait_for_messages(count)
+        assert client.say("QUIT") == "221 2.0.0 OK"
+
+
+def test_client_that_goes_away_after_the_final_dot(world):
+    with world.relay.client() as client:
+        for line in ("HELO me.com", "MAIL FROM:<>", "RCPT TO:<b@example.net>", "DATA"):
+            client.say(line)
+        client.send(b"Subject: x\r\n\r\n.\r\n")
+    world.exchanger.wait_for_messages(1)
+
+
+def test_address_literal(dns, exchangers, relay):
+    mx, = exchangers(1)
+    server = relay(mx_port=mx.port)
+    send(server, f"b@[{mx.host}]")
+    message, = mx.wait_for_messages(1)
+    assert message.recipients == [f"<b@[{mx.host}]>"]
+    assert outcome(server, f"b@[{mx.host}]").relay == f"[{mx.host}]"
+    assert not dns.queries
+
+
+@pytest.mark.parametrize("tag", ["IPv6:", "ipv6:"])
+def test_address_literal_of_ipv6(exchangers, relay, ipv6, tag):
+    mx, = exchangers(0, "::1")
+    server = relay(mx_port=mx.port)
+    send(server, f"b@[{tag}::1]")
+    mx.wait_for_messages(1)
+    assert outcome(server, f"b@[{tag}::1]").relay == "[::1]"
+
+
+@pytest.mark.parametrize("form, port", [
+    ("{name}:{port}", 9), ("{name}", None), ("{host}", None), ("{host}:{port}", 9), ("[{host}]:{port}", 9)])
+def test_smarthost(dns, exchangers, relay, form, port):
+    """All domains, in one transaction; its name is looked up like a host's, not like a domain's."""
+    mx, other = exchangers(2)
+    dns.a(mx.name, mx.host)
+    dns.mx(mx.name, (10, other.name))
+    dns.mail("example.net", (10, other))
+    server = relay("-s", form.format(name=mx.name, host=mx.host, port=mx.port), mx_port=port or mx.port)
+    recipients = ["a@example.net", f"b@[{other.host}]", "c@example.org", "d@Example.Net"]
+    send(server, *recipients)
+    message, = mx.wait_for_messages(1)
+    assert message.recipients == [f"<{to}>" for to in recipients]
+    assert {query.name for query in dns.queries} == ({mx.name} if "name" in form else set())
+    assert not [query for query in dns.queries if query.type == "MX"] and not other.connections
+
+
+@pytest.mark.parametrize("form", ["[::1]:{port}", "[::1]", "::1"])
+def test_smarthost_of_ipv6(exchangers, relay, ipv6, form):
+    mx, = exchangers(0, "::1")
+    send(relay("-s", form.format(port=mx.port), mx_port=mx.port), "b@example.net")
+    mx.wait_for_messages(1)
+
+
+def test_addresses_of_a_smarthost_race(dns, exchangers, relay):
+    near, far = exchangers(2)
+    far.set(greeting_delay=60)
+    dns.a("mx.example.net", far.host, near.host)
+    send(relay("-s", "mx.example.net", mx_port=near.port), "b@example.net")
+    near.wait_for_messages(1)
+
+
+UNUSABLE = ["0.0.0.0", "0.1.2.3", "224.0.0.1", "239.255.255.255", "255.255.255.255"]
+UNUSABLE_IPV6 = ["::", "ff02::1", "ff0e::1", "::ffff:0.0.0.0", "::ffff:224.0.0.1"]
+
+
+def test_never_to_an_address_that_is_nobodys(dns, exchangers, relay):
+    mx, = exchangers(1)
+    dns.mx("example.net", (10, "mx.example.net"), (10, mx.name))
+    dns.a("mx.example.net", *UNUSABLE)
+    dns.aaaa("mx.example.net", *UNUSABLE_IPV6)
+    dns.a(mx.name, mx.host)
+    server = relay(mx_port=mx.port)
+    send(server, "b@example.net")
+    mx.wait_for_messages(1)
+    race = server.wait_for_log(" race: (.*)")[1]
+    assert race.startswith(label(mx)) and ";" not in race
+
+
+@pytest.mark.parametrize("address", UNUSABLE + ["IPv6:" + address for address in UNUSABLE_IPV6])
+def test_never_to_a_literal_that_is_nobodys(relay, exchangers, address):
+    mx, = exchangers(1)
+    server = relay(mx_port=mx.port)
+    send(server, f"b@[{address}]")
+    found = outcome(server, f"b@[{address}]")
+    assert (found.relay, found.status, found.words[:6]) == ("-", "failed", "5.1.2 ")
+
+
+# The relay's own address.  For its port to be known before it starts, it is one that was
+# free at an address that nobody else uses.
+
+@pytest.fixture
+def here():
+    host = loopback()
+    with socket.create_server((host, 0)) as listener:
+        return host, listener.getsockname()[1]
+
+
+@pytest.fixture
+def own(relay, here):
+    """own(...): a relay that takes itself for an exchanger."""
+    def own(*options, addresses=(here[0],), **settings):
+        return relay("-p", here[1], *options, mx_port=here[1], addresses=addresses, **settings)
+    return own
+
+
+def expect_loop(server, to):
+    found = outcome(server, to)
+    assert (found.relay, found.status, found.words[:6]) == ("-", "failed", "5.4.6 ")
+
+
+def test_never_to_itself(dns, own, here):
+    dns.a("example.net", here[0])
+    dns.mx("example.org", (10, "example.net"))
+    server = own()
+    recipients = ["b@example.net", "b@example.org", f"b@[{here[0]}]"]
+    send(server, *recipients)
+    for to in recipients:
+        expect_loop(server, to)
+
+
+def test_never_to_itself_as_smarthost(own, here):
+    server = own("-s", "{}:{}".format(*here))
+    send(server, "b@example.net")
+    expect_loop(server, "b@example.net")
+
+
+def test_never_to_itself_by_any_address_where_it_listens_at_all(own):
+    server = own(addresses=("0.0.0.0",))
+    other = loopback()
+    send(server, f"b@[{other}]")
+    expect_loop(server, f"b@[{other}]")
+
+
+def test_never_to_itself_by_an_ipv4_address_in_ipv6(own, here, ipv6):
+    """RFC 4291 2.5.5.2: ::ffff:127.0.0.1 is 127.0.0.1."""
+    server = own()
+    send(server, f"b@[IPv6:::ffff:{here[0]}]")
+    found = outcome(server, f"b@[IPv6:::ffff:{here[0]}]")
+    assert (found.relay, found.status) == ("-", "failed")
+
+
+def test_only_to_who_is_better_than_itself(dns, own, here):
+    """RFC 5321 5.1: the others would send it back."""
+    better, equal, worse = made = [Exchanger(loopback(), here[1], f"{name}.example.net")
+                                   for name in ("better", "equal", "worse")]
+    dns.mail("example.net", (10, better), (20, equal), (30, worse))
+    dns.mx("example.net", (30, worse.name), (20, equal.name), (20, "relay.example.net"), (10, better.name))
+    dns.a("relay.example.net", here[0])
+    better.set(replies={"MAIL": "451 4.7.1 later"})
+    server = own()
+    send(server, "b@example.net")
+    found = outcome(server, "b@example.net")
+    assert (found.relay, found.status) == (label(better), "later")
+    assert [len(mx.connections) for mx in made] == [1, 0, 0]
+    for mx in made:
+        mx.stop()
+
+
+# ---- The message -----------------------------------------------------------------------------------
+
+
+LARGE = b"Subject: x\r\n\r\n" + b"".join(b"%070d\r\n" % n for n in range(200000))     # more than sockets hold
+CONTENTS = {
+    "dots": b"Subject: x\r\n\r\n.\r\n..\r\n.a\r\n...\r\na.\r\n.\r\n",
+    "nothing": b"\r\n",
+    "no header": b"Dear Nour,\r\n.\r\n",
+    "empty lines": b"\r\n\r\nx\r\n\r\n\r\n",
+    "all octets": b"Subject: x\r\n\r\n" + bytes(octet for octet in range(1, 256) if octet not in b"\r\n") + b"\r\n",
+    "lines that look like commands": b"Subject: x\r\n\r\nQUIT\r\nDATA\r\nRCPT TO:<c@example.net>\r\n250 Ok\r\n",
+    "longest lines": b"Subject: x\r\n\r\n" + 100 * (b"." + b"x" * 997 + b"\r\n"),
+    "several megabytes": LARGE}
+
+
+@pytest.mark.parametrize("content", CONTENTS)
+def test_octet_for_octet(world, content):
+    """RFC 5321 4.4: a line is put before the message, and nothing else is touched."""
+    world.exchanger.set(extensions=("PIPELINING", "8BITMIME"))
+    send(world.relay, "b@example.net", body=CONTENTS[content])
+    message, = world.exchanger.wait_for_messages(1)
+    assert message.data.endswith(CONTENTS[content])
+    trace = message.data[:-len(CONTENTS[content])]
+    assert re.fullmatch(rb"Received: .*\r\n([ \t].*\r\n)*", trace)
+    assert message.raw == re.sub(rb"(?m)^\.", b"..", message.data)
+
+
+def test_slow_exchanger_is_given_its_time(dns, exchangers, relay):
+    """As long as it goes on taking something; together it takes longer than -w."""
+    def take_slowly(connection):
+        for _ in range(5):
+            time.sleep(0.3)
+            taken = sum(map(len, connection.chunks)) + 1000000
+            while sum(map(len, connection.chunks)) < taken:
+                connection.receive()
+
+    slow, = exchangers(1)
+    dns.mail("example.net", (10, slow))
+    slow.set(extensions=(), replies={"BODY": take_slowly})
+    send(relay("-w", "1", mx_port=slow.port), "b@example.net", body=LARGE)
+    message, = slow.wait_for_messages(1)
+    assert message.data.endswith(LARGE)

@@ -1,0 +1,578 @@
+"""The queue: what is owed is tried until it is delivered or given up, and what is
+done is done, whoever is killed in between."""
+import itertools
+import os
+import re
+import signal
+import subprocess
+import threading
+import time
+from collections import Counter
+from types import SimpleNamespace
+
+import pytest
+
+from lab import BINARY, run, wait_for
+
+LONG_AGO = 1            # whatever has such a modification time is due
+DAY = 24 * 3600
+YEAR = 365 * DAY
+
+
+@pytest.fixture
+def house(dns, exchangers, relay):
+    """house("-r", "1"): a relay with these options, and the exchangers .net and .org
+    of example.net and example.org."""
+    def make(*options):
+        net, org = exchangers(2)
+        dns.mail("example.net", (10, net))
+        dns.mail("example.org", (10, org))
+        return SimpleNamespace(relay=relay(*options, mx_port=net.port), net=net, org=org, dns=dns)
+    return make
+
+
+NUMBERS = itertools.count()
+
+
+def stamp(age, form="%Y-%m-%dT%H:%M:%SZ"):
+    return time.strftime(form, time.gmtime(time.time() - age))
+
+
+def put(server, *recipients, sender="", age=0, due=LONG_AGO, outcomes=(), body="Subject: x\r\n"):
+    """Puts a message into the queue as if it had come so many seconds ago; `outcomes`
+    are (age, text) of the tries since then.  Returns its path."""
+    lines = ["HELO me.com", f"MAIL FROM:<{sender}>", *(f"RCPT TO:<{to}>" for to in recipients), "DATA", body + "."]
+    lines += [f"{stamp(when)} {text}" for when, text in outcomes]
+    new = server.spool / "new"
+    new.write_text("".join(line + "\r\n" for line in lines), newline="")
+    owner = server.spool.stat()
+    os.chown(new, owner.st_uid, owner.st_gid)
+    os.utime(new, (due, due))
+    path = server.spool / "queue" / f"{stamp(age, '%Y%m%dT%H%M%S')}.{next(NUMBERS):06d}-1-1"
+    return new.rename(path)
+
+
+def look_through(server):
+    """Has the runner look through the queue, and waits until it has: what it finds last
+    of all is found in a second look, and so the first is over."""
+    for _ in range(2):
+        sentinel = put(server, "b@nowhere.invalid")     # fails at once, and is reported to nobody
+        server.hangup()
+        wait_for(lambda: not sentinel.exists(), what="the runner's look through the queue")
+
+
+def outcomes_in(path):
+    """The lines below the dot."""
+    return path.read_bytes().decode().partition("\r\n.\r\n")[2]
+
+
+def label(exchanger):
+    return f"{exchanger.name}[{exchanger.host}]"
+
+
+def wait_until_empty(server, timeout=20):
+    wait_for(lambda: not server.queue(), timeout, "an empty queue")
+
+
+def hangup_until_empty(server):
+    server.hangup_until(lambda: not server.queue(), what="an empty queue")
+
+
+def received_by(*each):
+    """How many times each recipient was delivered to."""
+    return Counter(path for exchanger in each for message in exchanger.messages for path in message.recipients)
+
+
+def children(pid):
+    rows = subprocess.run(["ps", "-A", "-o", "pid=", "-o", "ppid="], capture_output=True, text=True, check=True).stdout
+    return {int(row.split()[0]) for row in rows.splitlines() if int(row.split()[1]) == pid}
+
+
+def runner_of(server):
+    """The queue runner: the only child of a server that has no message in hand."""
+    return wait_for(lambda: min(children(server.pid), default=None), what="a queue runner")
+
+
+class Withheld:
+    """A reply that an exchanger gives when it is told to."""
+
+    def __init__(self):
+        self.asked = threading.Event()
+        self._told = threading.Event()
+
+    def __call__(self, connection):
+        self.asked.set()
+        self._told.wait(60)
+
+    def give(self):
+        self._told.set()
+
+
+# ---- Outcomes ---------------------------------------------------------------------------------
+
+
+def test_outcome_lines(house):
+    world = house()
+    world.net.set(replies={("RCPT", "<b@example.net>"): "550-5.1.1 nobody\n550 5.1.1 of this name",
+                           ("RCPT", "<c@example.net>"): "451 4.7.1 greylisted",
+                           ".": "250 2.0.0 Ok: queued as 17"})
+    world.org.stop()
+    world.relay.send("a@example.net", "b@example.net", "c@example.net", "d@example.org", sender="")
+    path, = world.relay.queue()
+    wait_for(lambda: outcomes_in(path).count("\r\n") == 4)
+    when = r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ"
+    net, org = re.escape(label(world.net)), re.escape(label(world.org))
+    lines = sorted(outcomes_in(path).split("\r\n"), key=lambda line: line[len("2026-11-23T11:08:19Z "):].split("<")[1:])
+    for line, pattern in zip(lines, ["", rf"{when} sent <a@example\.net> {net} 250 2\.0\.0 Ok: queued as 17",
+                                     rf"{when} failed <b@example\.net> {net} 550 5\.1\.1 nobody 5\.1\.1 of this name",
+                                     rf"{when} later <c@example\.net> {net} 451 4\.7\.1 greylisted",
+                                     rf"{when} later <d@example\.org> {org} 4\.4\.1 Connection refused"]):
+        assert re.fullmatch(pattern, line)
+    for name in "abcd":
+        world.relay.outcomes(f"{name}@example.{'org' if name == 'd' else 'net'}")
+    assert len(world.relay.logged(r" status=\w+ \(")) == 4
+
+
+def test_mixed_recipients_across_a_kill(house):
+    """First delivered once, second reported once, third delivered once at the retry."""
+    world = house()
+    world.net.set(replies={("RCPT", "<b@example.net>"): "550 5.1.1 nobody",
+                           ("RCPT", "<c@example.net>"): ["451 4.7.1 greylisted"]})
+    world.org.set(stall_at="MAIL")      # the report waits
+    world.relay.send("a@example.net", "b@example.net", "c@example.net")
+    for name in "abc":
+        world.relay.outcomes(f"{name}@example.net")
+    wait_for(lambda: any(connection.commands[1:] for connection in world.org.connections))
+    world.relay.kill()
+    assert len(world.relay.queue()) == 2
+    world.org.set(stall_at=None)
+    world.relay.start()
+    hangup_until_empty(world.relay)
+    assert received_by(world.net) == {"<a@example.net>": 1, "<c@example.net>": 1}
+    assert [command for command in world.net.connections[1].commands if command.startswith("RCPT")] == [
+        "RCPT TO:<c@example.net>"]
+    report, = world.org.messages
+    assert report.recipients == ["<nour@example.org>"]
+    assert report.data.count(b"Final-Recipient:") == 1
+    assert b"Final-Recipient: rfc822; b@example.net\r\n" in report.data
+
+
+def test_done_is_done_even_where_the_message_cannot_be_removed(house, strace):
+    world = house()
+    runner_of(world.relay)
+    with strace(world.relay.pid, "inject=/^unlink:error=EIO") as trace:
+        world.relay.send("b@example.net")
+        world.relay.outcomes("b@example.net")
+        wait_for(lambda: "INJECTED" in trace())
+    hangup_until_empty(world.relay)
+    assert received_by(world.net) == {"<b@example.net>": 1}
+
+
+def test_record_that_fails_takes_no_earlier_one_with_it(house, strace):
+    """Two transactions, and the disk does not take the second one's outcome at once."""
+    world = house()
+    world.net.set(replies={("RCPT", "<last@example.net>"): ["451 4.7.1 later"]})
+    recipients = [f"b{n}@example.net" for n in range(100)] + ["next@example.net"]
+    with strace(world.relay.pid, "inject=fsync:error=EIO:when=4") as trace:     # file, directory, record, record
+        world.relay.send(*recipients, "last@example.net")
+        path, = world.relay.queue()
+        world.relay.outcomes("last@example.net")
+        assert "INJECTED" in trace()
+    assert set(re.findall(r" sent <(.*?)>", outcomes_in(path))) == set(recipients)
+    hangup_until_empty(world.relay)
+    assert received_by(world.net) == {f"<{to}>": 1 for to in [*recipients, "last@example.net"]}
+
+
+# ---- When ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("retry, age, wait", [
+    (1000, 0, 1000), (1000, 1000, 2000), (1000, 2000, 3000), (1000, 2700, 3600), (1000, DAY, 3600),
+    (7200, 0, 7200), (7200, 8000, 7200),
+])
+def test_back_off(house, retry, age, wait):
+    """-r first, then as long again as it has waited already, and at most an hour."""
+    world = house("-r", retry)
+    world.relay.stop()
+    world.net.set(replies={"RCPT": "451 4.7.1 later"})
+    tries = range(0, age, max(wait, 1000))
+    path = put(world.relay, "b@example.net", age=age,
+               outcomes=[(age - when, "later <b@example.net> - 451 4.7.1 later") for when in tries])
+    world.relay.start()
+    world.relay.outcomes("b@example.net")
+    assert wait - 15 <= path.stat().st_mtime - time.time() <= wait + 15
+
+
+def test_greylisted(house):
+    """Delivered at the next try, which comes by itself when it is due, and not before."""
+    world = house("-r", "1")
+    world.net.set(replies={"RCPT": ["451 4.7.1 greylisted"]})
+    world.relay.send("b@example.net")
+    world.net.wait_for_messages(1)
+    wait_until_empty(world.relay)
+    assert [outcome.status for outcome in world.relay.outcomes("b@example.net", 2)] == ["later", "sent"]
+    assert len(world.net.connections) == 2
+
+
+def test_nothing_is_tried_before_it_is_due_unless_by_sighup(house):
+    world = house()
+    early = [put(world.relay, f"b{n}@example.net", due=time.time() + 200) for n in range(3)]
+    put(world.relay, "due@example.net")
+    os.kill(runner_of(world.relay), signal.SIGKILL)     # the next one begins with a look
+    world.net.wait_for_messages(1)
+    wait_for(lambda: world.relay.queue() == early)
+    assert received_by(world.net) == {"<due@example.net>": 1}
+    world.relay.hangup()
+    world.net.wait_for_messages(4)
+    wait_until_empty(world.relay)
+    assert set(received_by(world.net).values()) == {1}
+
+
+@pytest.mark.parametrize("age, due, tries", [
+    (0, 2 * YEAR, []), (0, 10 * YEAR, []), (10 * YEAR, LONG_AGO, []), (10 * YEAR, 10 * YEAR, []),
+    (10 * YEAR, LONG_AGO, [10 * YEAR - 300, 10 * YEAR - 900]), (-10 * YEAR, LONG_AGO, []),
+    (0, LONG_AGO, [-10 * YEAR]), (0, 0, []), (0, -10, []),
+], ids=["due in two years", "due in ten years", "ten years old", "ten years old and due in ten",
+        "ten years old and tried then", "from the future", "tried in the future", "due in 1970", "due before 1970"])
+def test_clock_that_jumped(house, age, due, tries):
+    """Neither expires the mail nor keeps it waiting."""
+    world = house()
+    world.relay.stop()
+    world.net.set(replies={"RCPT": ["451 4.7.1 later"]})
+    path = put(world.relay, "b@example.net", age=age, due=due + time.time() if due > LONG_AGO else due,
+               outcomes=[(when, "later <b@example.net> - 451 4.7.1 later") for when in tries])
+    world.relay.start()
+    outcome, = world.relay.outcomes("b@example.net")
+    assert outcome.status == "later"
+    assert 0 < path.stat().st_mtime - time.time() <= 3600
+    hangup_until_empty(world.relay)
+    assert received_by(world.net) == {"<b@example.net>": 1}
+
+
+EXPIRED = [(800, "later <b@example.net> - 451 4.7.1 greylisted"), (400, "later <b@example.net> - 451 4.7.1 greylisted")]
+
+
+@pytest.mark.parametrize("expire, status", [(500, "failed"), (1500, "later")])
+def test_expiry(house, expire, status):
+    world = house("-r", "400", "-e", expire)
+    world.relay.stop()
+    world.net.set(replies={"RCPT": "451 4.7.1 greylisted"})
+    put(world.relay, "b@example.net", sender="nour@example.org", age=1000, outcomes=EXPIRED)
+    world.relay.start()
+    outcome, = world.relay.outcomes("b@example.net")
+    assert outcome.status == status
+    if status == "failed":
+        assert re.fullmatch(rf"4\.4\.7 given up after \d+ seconds; last: {re.escape(label(world.net))} "
+                            r"451 4\.7\.1 greylisted", outcome.words)
+        world.org.wait_for_messages(1)
+        wait_until_empty(world.relay)
+
+
+def test_last_try_may_succeed(house):
+    """What is old enough to be given up is tried once more before."""
+    world = house("-r", "400", "-e", "500")
+    world.relay.stop()
+    put(world.relay, "b@example.net", age=1000, outcomes=EXPIRED)
+    world.relay.start()
+    assert world.relay.outcomes("b@example.net")[0].status == "sent"
+
+
+def test_expiry_by_the_clock(house):
+    world = house("-r", "1", "-e", "2")
+    world.net.stop()
+    world.relay.send("b@example.net")
+    report, = world.org.wait_for_messages(1)
+    assert b"\r\nStatus: 4.4.7\r\n" in report.data
+    statuses = [match[1] for match in world.relay.logged(r"to=<b@example\.net> .* status=(\w+)")]
+    assert statuses == ["later"] * (len(statuses) - 1) + ["failed"] and len(statuses) > 1
+    wait_until_empty(world.relay)
+
+
+def test_removed_message_is_tried_no_more(house):
+    world = house()
+    world.net.set(replies={"RCPT": ["451 4.7.1 later"]})
+    world.relay.send("b@example.net")
+    world.relay.outcomes("b@example.net")
+    path, = world.relay.queue()
+    path.unlink()
+    look_through(world.relay)
+    assert len(world.net.connections) == 1
+
+
+# ---- Who is killed ---------------------------------------------------------------------------------
+
+
+def is_stalled(exchanger, stage):
+    """Whether somebody waits for the reply to this."""
+    return any(stage == "CONNECT" or connection.commands[-1:] and connection.commands[-1].startswith(stage)
+               for connection in exchanger.connections)
+
+
+@pytest.mark.parametrize("others", [[], ["a@example.org"]], ids=["alone", "after another's outcome"])
+@pytest.mark.parametrize("stage", ["CONNECT", "EHLO", "."])
+def test_killed_forwarder_defers_its_message(house, stage, others):
+    world = house("-r", "200")
+    runner = runner_of(world.relay)
+    world.net.set(stall_at=stage)
+    world.relay.send(*others, "b@example.net")
+    path, = world.relay.queue()
+    wait_for(lambda: is_stalled(world.net, stage))
+    for other in others:
+        world.relay.outcomes(other)
+    forwarder, = children(world.relay.pid) - {runner}
+    for pid in [forwarder, *children(forwarder)]:
+        os.kill(pid, signal.SIGKILL)
+    world.relay.wait_for_log(f"process {forwarder} died of signal 9")
+    assert 150 < path.stat().st_mtime - time.time() <= 200
+    world.net.set(stall_at=None)
+    hangup_until_empty(world.relay)
+    assert received_by(world.net, world.org) == {f"<{to}>": 1 for to in [*others, "b@example.net"]}
+
+
+def test_message_of_a_killed_forwarder_is_not_touched_before_its_children_are_done(house):
+    world = house()
+    runner = runner_of(world.relay)
+    reply = Withheld()
+    world.net.set(replies={".": reply})
+    world.relay.send("a@example.org", "b@example.net")
+    reply.asked.wait(20)
+    world.relay.outcomes("a@example.org")
+    forwarder, = children(world.relay.pid) - {runner}
+    os.kill(forwarder, signal.SIGKILL)
+    world.relay.wait_for_log(f"process {forwarder} died of signal 9")
+    look_through(world.relay)
+    assert len(world.net.connections) == 1
+    reply.give()
+    assert world.relay.outcomes("b@example.net")[0].status == "sent"
+    hangup_until_empty(world.relay)
+    assert received_by(world.net, world.org) == {"<a@example.org>": 1, "<b@example.net>": 1}
+
+
+def test_killed_runner_is_replaced(house):
+    world = house()
+    first = runner_of(world.relay)
+    os.kill(first, signal.SIGKILL)
+    put(world.relay, "b@example.net")
+    world.net.wait_for_messages(1)
+    assert runner_of(world.relay) != first
+    world.relay.wait_for_log(f"process {first} died of signal 9")
+
+
+@pytest.mark.parametrize("ends", [signal.SIGKILL, signal.SIGTERM])
+def test_restart_while_old_forwarders_run(house, ends):
+    world = house()
+    runner = runner_of(world.relay)
+    reply = Withheld()
+    world.net.set(replies={".": [reply]})
+    world.relay.send("b@example.net")
+    reply.asked.wait(20)
+    put(world.relay, "c@example.net")
+    os.kill(world.relay.pid, ends)
+    assert world.relay.process.wait(20) == (0 if ends == signal.SIGTERM else -ends)
+    if ends == signal.SIGKILL:          # it was not told, and looks around from time to time
+        os.kill(runner, signal.SIGHUP)
+    world.relay.start()
+    look_through(world.relay)
+    world.net.wait_for_messages(1)
+    assert received_by(world.net) == {"<c@example.net>": 1}
+    reply.give()
+    world.net.wait_for_messages(2)
+    hangup_until_empty(world.relay)
+    assert received_by(world.net) == {"<b@example.net>": 1, "<c@example.net>": 1}
+
+
+def test_killed_with_all_its_children(house):
+    """What it had said 250 to is delivered after the restart."""
+    world = house()
+    world.net.set(stall_at="CONNECT")
+    for n in range(5):
+        world.relay.send(f"b{n}@example.net")
+    world.relay.kill()
+    assert len(world.relay.queue()) == 5
+    world.net.set(stall_at=None)
+    world.relay.start()
+    hangup_until_empty(world.relay)
+    assert received_by(world.net) == {f"<b{n}@example.net>": 1 for n in range(5)}
+
+
+def test_what_is_being_stored_at_sigterm_is_stored_and_answered(house, strace):
+    world = house()
+    with world.relay.client() as client:
+        with strace(world.relay.pid, "trace=fsync", "inject=fsync:delay_enter=300000:when=1") as trace:
+            for command in ["HELO me.com", "MAIL FROM:<>", "RCPT TO:<b@example.net>", "DATA"]:
+                client.say(command)
+            client.send(b"Subject: x\r\n.\r\n")
+            wait_for(lambda: "fsync(" in trace())
+            world.relay.process.terminate()
+            assert client.reply().startswith("250 2.0.0 Ok: queued as ")
+            assert client.reply().startswith("421 4.3.2 ")
+            assert client.eof()
+    assert world.relay.process.wait(20) == 0
+    world.net.wait_for_messages(1)      # by a forwarder that stays
+    wait_until_empty(world.relay)
+
+
+# ---- Many --------------------------------------------------------------------------------------------
+
+
+class Crowd:
+    """Counts who is at an exchanger at once, between DATA and the final dot."""
+
+    def __init__(self):
+        self.now = self.most = 0
+        self._lock = threading.Lock()
+
+    def enter(self, connection):
+        with self._lock:
+            self.now += 1
+            self.most = max(self.most, self.now)
+        time.sleep(0.03)        # the longer, the more would be here at once
+
+    def leave(self, connection):
+        with self._lock:
+            self.now -= 1
+
+
+@pytest.mark.parametrize("forwarders", [1, 3])
+def test_no_more_forwarders_than_j(house, forwarders):
+    world = house("-j", forwarders)
+    crowd = Crowd()
+    world.net.set(replies={"DATA": crowd.enter, ".": crowd.leave})
+    domains = [f"d{n}.example.net" for n in range(12)]
+    for domain in domains:
+        world.dns.mail(domain, (10, world.net))
+    for domain in domains[:6]:
+        put(world.relay, f"b@{domain}")
+    world.relay.hangup()
+    for domain in domains[6:]:
+        world.relay.send(f"b@{domain}")
+    world.net.wait_for_messages(len(domains))
+    wait_until_empty(world.relay)
+    assert received_by(world.net) == {f"<b@{domain}>": 1 for domain in domains}
+    assert 1 <= crowd.most <= forwarders
+
+
+def break_off(exchanger):
+    exchanger.stop()
+
+
+def fall_silent(exchanger):
+    exchanger.set(stall_at="CONNECT")
+
+
+def fall_silent_late(exchanger):
+    exchanger.set(stall_at="EHLO")
+
+
+def recover(exchanger):
+    exchanger.stop()
+    exchanger.set(stall_at=None)
+    exchanger.start()
+
+
+@pytest.mark.parametrize("forwarders", [2, 50])
+@pytest.mark.parametrize("die", [break_off, fall_silent, fall_silent_late])
+def test_dead_exchanger_does_not_hold_up_a_live_one(house, die, forwarders):
+    world = house("-r", "2", "-j", forwarders)
+    world.relay.stop()
+    die(world.org)
+    many = [put(world.relay, f"b{n}@example.org") for n in range(300)]
+    world.relay.start()
+    wait_for(lambda: world.org.connections or world.relay.logged("refused"))
+    sent = time.monotonic()
+    world.relay.send("fresh@example.net")
+    put(world.relay, "old@example.net")
+    world.relay.hangup()
+    world.net.wait_for_messages(2, timeout=10)      # its own time-outs are minutes
+    assert time.monotonic() - sent < 10
+    assert len(world.relay.queue()) >= len(many)
+    recover(world.org)
+    world.relay.hangup()
+    world.org.wait_for_messages(len(many), timeout=30)
+    wait_until_empty(world.relay, timeout=30)
+    assert received_by(world.org) == {f"<b{n}@example.org>": 1 for n in range(300)}
+
+
+def memory(*pids):
+    """Octets in use by each process."""
+    return [int(subprocess.run(["ps", "-o", "rss=", "-p", str(pid)], capture_output=True, check=True).stdout) * 1024
+            for pid in pids]
+
+
+@pytest.mark.skipif(b"__asan_" in BINARY.read_bytes(), reason="a sanitizer keeps what was freed")
+def test_memory_does_not_grow_with_the_queue(house):
+    world = house("-r", "2", "-j", "4")
+    world.org.stop()
+    runner = runner_of(world.relay)
+    look_through(world.relay)
+    before = memory(world.relay.pid, runner)
+    for n in range(3000):
+        put(world.relay, f"b{n}@example.org", due=LONG_AGO if n % 2 else time.time() + 3000)
+    look_through(world.relay)
+    after = memory(world.relay.pid, runner)
+    assert all(now - then < 400 * 1024 for then, now in zip(before, after)), f"{before} {after}"
+    assert runner in children(world.relay.pid)
+
+
+# ---- smtp -l --------------------------------------------------------------------------------------------
+
+
+def listing(server):
+    result = run("-l", "-q", server.spool)
+    assert (result.returncode, result.stderr) == (0, "")
+    return result.stdout
+
+
+def test_listing(house):
+    world = house()
+    world.relay.stop()
+    other = "mx1.example.net[192.0.2.1] 250 2.0.0 Ok"
+    said = "mx1.example.net[192.0.2.1] 451 4.7.1 greylisted"
+    now = time.time()
+    newest = put(world.relay, "c@example.net", age=20, due=now + 250, body="Subject: x\r\n\r\nDear Nour\r\n")
+    oldest = put(world.relay, "a@example.net", "b@example.net", "c@example.org", sender="nour@example.org",
+                 age=DAY + 3661, due=now - 100,
+                 outcomes=[(DAY, f"later <a@example.net> {said}"), (DAY, f"sent <b@example.net> {other}"),
+                           (4000, f"later <a@example.net> {said} again")])
+    put(world.relay, "a@example.net", age=3700, due=now + 7300, sender='"a b"@example.org')
+    middle = world.relay.queue()[1]
+    (world.relay.spool / "queue" / "junk").write_bytes(b"")
+    lines = listing(world.relay).splitlines()
+    for line, pattern in zip(lines, [
+            rf"{oldest.name}  12 octets  age 1d01h01m  from <nour@example\.org>  next try in 0m00s",
+            rf"    <a@example\.net>  {re.escape(said)} again",
+            r"    <c@example\.org>  not tried yet",
+            rf'{middle.name}  12 octets  age 0d01h01m  from <"a b"@example\.org>  next try in 0d02h0[01]m',
+            r"    <a@example\.net>  not tried yet",
+            rf"{newest.name}  25 octets  age 0m[2-5]\ds  from <>  next try in [34]m\d\ds",
+            r"    <c@example\.net>  not tried yet",
+            r"3 messages for 4 recipients, 49 octets"]):
+        assert re.fullmatch(pattern, line), line
+    assert len(lines) == 8
+
+
+def test_listing_of_an_empty_queue(house):
+    assert listing(house().relay) == "0 messages for 0 recipients, 0 octets\n"
+
+
+def test_listing_without_a_queue(tmp_path):
+    result = run("-l", "-q", tmp_path / "nothing")
+    assert (result.returncode, result.stdout) == (1, "")
+    assert len(result.stderr.splitlines()) == 1 and str(tmp_path / "nothing") in result.stderr
+
+
+def test_listing_while_a_message_is_tried(house):
+    """Looking disturbs nobody: the message's lock is still there after it."""
+    world = house()
+    reply = Withheld()
+    world.net.set(replies={".": reply})
+    id = world.relay.send("b@example.net", sender="")
+    reply.asked.wait(20)
+    for _ in range(2):
+        assert re.fullmatch(rf"{id}  \d+ octets  age 0m\d\ds  from <>  being tried now\n"
+                            r"    <b@example\.net>  not tried yet\n"
+                            r"1 messages? for 1 recipients?, \d+ octets\n", listing(world.relay))
+    look_through(world.relay)
+    reply.give()
+    wait_until_empty(world.relay)
+    assert received_by(world.net) == {"<b@example.net>": 1}

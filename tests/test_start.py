@@ -1,0 +1,538 @@
+"""From the command line to the last client: starting, who it runs as, how many it
+serves, and how it stops."""
+import contextlib
+import errno
+import os
+import pwd
+import re
+import resource
+import select
+import shlex
+import signal
+import socket
+import stat
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+from lab import BINARY, HOSTNAME, Client, loopback, run, wait_for
+
+ROOT = os.geteuid() == 0
+QUEUED = "250 2.0.0 Ok: queued as "
+HERE = ("-p", 0, "-h", HOSTNAME, "127.0.0.1")       # a start that is all right
+
+IN_DATA = ["HELO me.com", "MAIL FROM:<a@example.org>", "RCPT TO:<b@example.net>", "DATA"]
+
+needs_root = pytest.mark.skipif(not ROOT, reason="only root becomes somebody else")
+needs_proc = pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="no /proc here")
+
+
+def user():
+    """Whom the relay runs as, as its tests start it."""
+    if not ROOT:
+        return pwd.getpwuid(os.geteuid())
+    try:
+        return pwd.getpwnam("smtp")
+    except KeyError:
+        return pwd.getpwnam("nobody")
+
+
+def refusal(status, *arguments, program=(BINARY,)):
+    """The one line that a start ends with."""
+    ended = subprocess.run([*program, *map(str, arguments)], stdin=subprocess.DEVNULL, capture_output=True,
+                           text=True, timeout=20)
+    assert ended.returncode == status, ended.stderr
+    assert ended.stdout == ""
+    line, = ended.stderr.splitlines()
+    assert line.startswith("smtp: ")
+    return line
+
+
+@pytest.fixture
+def wrapped(tmp_path):
+    """wrapped("ulimit -n 64"): the program, started by a shell that has done this before;
+    wrapped(command="strace"): started by that command; wrapped(redirect="2>&-"): so."""
+    def wrap(before=":", command="", redirect=""):
+        path = tmp_path / "wrapped"
+        path.write_text(f"""#!/bin/sh
+{before} || exit
+exec {command} {shlex.quote(str(BINARY))} "$@" {redirect}
+""")
+        path.chmod(0o700)
+        return path
+    return wrap
+
+
+def begin(client):
+    for line in IN_DATA:
+        client.say(line)
+
+
+def process_status(pid):
+    """/proc/PID/status: {"Uid": ["65534", ...], ...}."""
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return {name: values.split() for name, _, values in (line.partition(":") for line in lines)}
+
+
+def children(pid):
+    return list(map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split()))
+
+
+# ---- The command line ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("option, values", [
+    ("-p", ["", "x", "-1", "+1", " 1", "65536", "25x", "0x19"]),
+    ("-P", ["", "x", "0", "-1", "65536"]),
+    ("-m", ["", "x", "-1", "1k", "1.5"]),
+    *((option, ["", "x", "0", "-1", "1m", "9" * 30]) for option in ("-e", "-j", "-r", "-t", "-w")),
+    ("-n", ["", "x", "example.net", "192.0.2.256", "192.0.2.1:", "192.0.2.1:x", "192.0.2.1:65536", "[2001:db8::1"]),
+    ("-s", ["", "-x", "a b", "a..b", "192.0.2.1:x", "example.net:65536", "[2001:db8::1", "a@example.net"]),
+    ("-M", ["", "x", "@example.net", "a@", "<a@example.net>", "a@b c", "a@example.net,b@example.net",
+            "a" * 65 + "@example.net"]),
+    ("-h", ["", " ", "a b", "-x", "x-", "a..b", ".a", "a.", "a_b", "a\nb", "x" * 64, "x." * 130 + "x", "[192.0.2.1]"])])
+def test_a_value_that_cannot_be(spool, option, values):
+    for value in values:
+        assert option in refusal(2, option, value, "-q", spool, *(HERE if option != "-h" else ("-p", 0, "127.0.0.1")))
+        assert not spool.exists()
+
+
+@pytest.mark.parametrize("arguments, wrong", [
+    (("-x", "127.0.0.1"), "-x"), (("--help",), "-"), (("-p",), "-p"), (("-q", "spool", "-v", "-M"), "-M"),
+    (("-p", 0), "address"), (("-v", "-q", "spool"), "address")])
+def test_a_command_line_that_cannot_be(tmp_path, monkeypatch, arguments, wrong):
+    monkeypatch.chdir(tmp_path)
+    assert wrong in refusal(2, *arguments)
+    assert not Path("spool").exists()
+
+
+def test_four_name_servers_are_too_many(spool):
+    refusal(2, *("-n", "192.0.2.1") * 4, "-q", spool, *HERE)
+
+
+@pytest.mark.parametrize("arguments", [(), ("-h",)])
+def test_usage_names_every_option(arguments):
+    ended = run(*arguments)
+    assert ended.returncode == 2 and ended.stdout == ""
+    for option in "aehjMmnPpqrstuvw":
+        assert re.search(rf"^  -{option}\b", ended.stderr, re.MULTILINE)
+    assert re.search(r"smtp -l \[-q spool\]", ended.stderr)
+
+
+# ---- What the options do, where no other file tells -----------------------------------------------
+
+
+def test_h_is_what_it_calls_itself(relay):
+    with relay("-h", "other.example.org").client() as client:
+        assert client.greeting.startswith("220 other.example.org ESMTP smtp ")
+
+
+def test_the_system_names_it_otherwise(spool):
+    name = socket.gethostname()
+    if not re.fullmatch(r"[a-z0-9]([a-z0-9-]*[a-z0-9])?(\.[a-z0-9]([a-z0-9-]*[a-z0-9])?)*", name, re.IGNORECASE):
+        pytest.skip(f"this machine has no name that a mail host may have: {name}")
+    with started(BINARY, "-p", 0, "-q", spool, "127.0.0.1") as (_, port), Client(port) as client:
+        assert client.greeting.startswith(f"220 {name} ESMTP smtp ")
+
+
+def test_p_0_takes_free_ports_and_prints_them(relay, ipv6):
+    """On a line for each address, in their order."""
+    addresses = ["127.0.0.1", loopback(), "::1"]
+    server = relay(addresses=addresses)
+    assert [line for line in server.log if "listening" in line] == [
+        f"listening on {f'[{address}]' if ':' in address else address}:{port}"
+        for address, port in zip(addresses, server.ports)]
+    for address, port in zip(addresses, server.ports):
+        with Client(port, address) as client:
+            assert client.say("HELO me.com") == f"250 {client.local_port} OK"
+
+
+def test_p_is_the_port(relay):
+    address = loopback()
+    with socket.create_server((address, 0)) as free:
+        port = free.getsockname()[1]
+    assert relay("-p", port, addresses=[address]).ports == [port]
+
+
+def test_localhost_is_all_addresses_that_it_has(relay):
+    server = relay(addresses=["localhost"])
+    addresses = {info[4][0] for info in socket.getaddrinfo("localhost", None, type=socket.SOCK_STREAM)}
+    assert 1 <= len(server.ports) <= len(addresses)
+    with server.client() as client:
+        assert client.greeting.startswith("220 ")
+
+
+def test_q_is_made_for_its_owner_alone(relay, spool):
+    with relay().client() as client:
+        begin(client)
+        draft, = spool.glob("tmp/*")
+        for path, mode in (spool, 0o700), (spool / "tmp", 0o700), (spool / "queue", 0o700), (draft, 0o600):
+            assert (stat.S_IMODE(path.stat().st_mode), path.stat().st_uid) == (mode, user().pw_uid)
+
+
+@pytest.mark.parametrize("form", ["{host}:{port}", "[{host}]:{port}", "{name}:{port}"])
+def test_s_takes_all_mail(world, relay, tmp_path, form):
+    """Also for domains that do not exist, and with no look-up of theirs."""
+    smarthost = form.format(host=world.exchanger.host, port=world.exchanger.port, name=world.exchanger.name)
+    relay("-s", smarthost, spool=tmp_path / "other").send("b@nowhere.example", "c@[192.0.2.1]")
+    message, = world.exchanger.wait_for_messages(1)
+    assert message.recipients == ["<b@nowhere.example>", "<c@[192.0.2.1]>"]
+    assert {query.name for query in world.dns.queries} <= {world.exchanger.name}
+
+
+def test_v_logs_both_dialogues_line_by_line(world, relay, tmp_path):
+    server = relay("-v", mx_port=world.exchanger.port, spool=tmp_path / "other")
+    with server.client() as client:
+        peer = f"127.0.0.1:{client.local_port}"
+        client.say("FOO \x1b[31m\t\x7f\xe9")
+        client.deliver("a@example.org", ["b@example.net"], "x")
+    server.wait_for_log("S: 221 ")
+    lines = [line.partition(" ")[2] for line in server.log if line.startswith(peer)]
+    assert lines[0].startswith(f"S: 220 {HOSTNAME} ESMTP smtp ")
+    assert lines[1].startswith("C: FOO ?[31m") and lines[2].startswith("S: 500 5.5.2 ")
+    assert lines[3:] == ["C: HELO me.com", f"S: 250 {client.local_port} OK", "C: MAIL FROM:<a@example.org>",
+                         "S: 250 2.1.0 Ok", "C: RCPT TO:<b@example.net>", "S: 250 2.1.5 Ok", "C: DATA",
+                         "S: 354 End data with <CR><LF>.<CR><LF>", *(line for line in lines if QUEUED in line)]
+    assert len(lines) == 12
+    for said in f"220 {world.exchanger.name} ESMTP", f"EHLO {HOSTNAME}", "RCPT TO:<b@example.net>", "354 ", "221 ":
+        assert any(said in line for line in server.log if not line.startswith(peer))
+    assert all(re.fullmatch("[ -~]*", line) for line in server.log)
+
+
+def test_without_v_the_dialogue_is_not_logged(world):
+    world.relay.send("b@example.net")
+    world.relay.wait_for_log("status=sent")
+    assert not world.relay.logged("HELO|EHLO|MAIL FROM|354")
+
+
+def test_r_is_the_time_to_the_next_try(world, relay, tmp_path):
+    world.exchanger.set(replies={"RCPT": ["451 4.7.1 later"]})
+    relay("-r", 1, mx_port=world.exchanger.port, spool=tmp_path / "other").send("b@example.net")
+    world.exchanger.wait_for_messages(1)
+    first, second = world.exchanger.connections
+    assert 0.9 < second.opened - first.opened
+
+
+def test_e_is_when_it_gives_up(world, relay, tmp_path):
+    world.exchanger.set(replies={("RCPT", "<b@example.net>"): "451 4.7.1 later"})
+    server = relay("-r", 1, "-e", 1, mx_port=world.exchanger.port, spool=tmp_path / "other")
+    server.send("b@example.net", sender="a@example.net")
+    report, = world.exchanger.wait_for_messages(1)
+    assert report.reverse_path.split()[0] == "<>" and report.recipients == ["<a@example.net>"]
+
+
+def test_w_is_the_longest_wait(dns, exchangers, relay):
+    silent, other = exchangers(2)
+    silent.set(stall_at="CONNECT")
+    dns.mail("example.net", (10, silent), (20, other))
+    relay("-w", 1, mx_port=other.port).send("b@example.net")
+    other.wait_for_messages(1)
+    assert 0.9 < other.connections[0].opened - silent.connections[0].opened
+
+
+# ---- What it cannot start with -------------------------------------------------------------------
+
+
+def test_a_taken_port(relay, tmp_path):
+    port = relay().port
+    line = refusal(1, "-p", port, "-q", tmp_path / "other", "-h", HOSTNAME, "127.0.0.1")
+    assert f"127.0.0.1 port {port}" in line and os.strerror(errno.EADDRINUSE) in line
+    assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize("address", ["192.0.2.1", "2001:db8::1"])
+def test_an_address_that_is_not_ours(spool, address):
+    assert address in refusal(1, "-p", 0, "-q", spool, "-h", HOSTNAME, "127.0.0.1", address)
+
+
+@pytest.fixture
+def own_spool(spool):
+    """An empty spool that the relay may use."""
+    spool.mkdir(mode=0o700)
+    os.chown(spool, user().pw_uid, user().pw_gid)
+    return spool
+
+
+def test_a_spool_that_is_there_already(own_spool, relay):
+    relay()
+    assert {path.name for path in own_spool.iterdir()} == {"tmp", "queue", "lock"}
+
+
+@pytest.mark.parametrize("mode", [0o770, 0o707, 0o720, 0o702, 0o777, 0o1777])
+def test_a_spool_that_others_may_write_to(own_spool, mode):
+    own_spool.chmod(mode)
+    assert str(own_spool) in refusal(1, "-q", own_spool, *HERE)
+    assert list(own_spool.iterdir()) == []
+
+
+def test_a_spool_that_cannot_be_written(own_spool):
+    own_spool.chmod(0o500)
+    if os.access(own_spool, os.W_OK) and not ROOT:
+        pytest.skip("modes mean nothing here")
+    line = refusal(1, "-q", own_spool, *HERE)
+    assert str(own_spool) in line and os.strerror(errno.EACCES) in line
+
+
+@pytest.mark.parametrize("path, why", [
+    ("missing/spool", errno.ENOENT), ("file", errno.ENOTDIR), ("file/spool", errno.ENOTDIR)])
+def test_a_spool_that_cannot_be_made(tmp_path, path, why):
+    (tmp_path / "file").touch()
+    line = refusal(1, "-q", tmp_path / path, *HERE)
+    assert str(tmp_path / path) in line and os.strerror(why) in line
+
+
+@needs_root
+def test_a_spool_of_another_owner(spool):
+    spool.mkdir(mode=0o700)
+    assert str(spool) in refusal(1, "-q", spool, *HERE)
+    assert list(spool.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["tmp", "queue", "lock"])
+def test_a_spool_whose_parts_are_elsewhere(own_spool, tmp_path, name):
+    """A link is not followed, wherever it leads."""
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.touch() if name == "lock" else elsewhere.mkdir()
+    (own_spool / name).symlink_to(elsewhere)
+    assert str(own_spool) in refusal(1, "-q", own_spool, *HERE)
+
+
+def test_a_spool_that_another_server_holds(relay, spool):
+    server = relay()
+    assert str(spool) in refusal(1, "-q", spool, *HERE)
+    server.stop()
+    server.start()
+
+
+@needs_root
+@pytest.mark.parametrize("name", ["root", "nobody-has-this-name", ""])
+def test_a_user_whom_root_cannot_become(spool, name):
+    refusal(1, "-u", name, "-q", spool, *HERE)
+    assert not spool.exists()
+
+
+@pytest.mark.skipif(ROOT, reason="root may")
+def test_who_is_not_root_stays_who_he_is(spool):
+    assert "-u" in refusal(2, "-u", "nobody", "-q", spool, *HERE)
+
+
+# ---- The process -------------------------------------------------------------------------------
+
+
+@needs_root
+@needs_proc
+@pytest.mark.parametrize("options, name", [((), None), (("-u", "daemon"), "daemon")])
+def test_root_is_given_up_for_good(relay, wrapped, options, name):
+    """By the queue runner, too: all four ids, and every group."""
+    groups = f"{sys.executable} -c 'import os, sys; os.setgroups([1, 2, 3]); os.execv(sys.argv[1], sys.argv[1:])'"
+    server = relay(*options, binary=wrapped(command=groups))
+    becomes = pwd.getpwnam(name) if name else user()
+    wait_for(lambda: children(server.pid))
+    for pid in (server.pid, *children(server.pid)):
+        status = process_status(pid)
+        assert (status["Uid"], status["Gid"], status["Groups"]) == (
+            [str(becomes.pw_uid)] * 4, [str(becomes.pw_gid)] * 4, [])
+        assert int(status["CapEff"][0], 16) == int(status["CapPrm"][0], 16) == 0
+
+
+@contextlib.contextmanager
+def started(program, *arguments):
+    """Starts it, whatever becomes of its log: its process and its first port, as /proc tells it."""
+    process = subprocess.Popen([program, *map(str, arguments)], start_new_session=True, stderr=subprocess.DEVNULL)
+    try:
+        yield process, wait_for(lambda: listening_ports(process.pid), what="a listening socket")[0]
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def listening_ports(pid):
+    sockets = set()
+    for path in Path(f"/proc/{pid}/fd").iterdir():
+        with contextlib.suppress(OSError):
+            sockets.add(os.readlink(path))
+    rows = [line.split() for line in Path(f"/proc/{pid}/net/tcp").read_text().splitlines()[1:]]
+    return [int(row[1].split(":")[1], 16) for row in rows if row[3] == "0A" and f"socket:[{row[9]}]" in sockets]
+
+
+@needs_proc
+@pytest.mark.parametrize("closed", [[0], [1], [2], [0, 1, 2]])
+def test_a_standard_descriptor_that_is_closed_is_no_socket(wrapped, spool, closed):
+    """A client that became descriptor 2 would be told the log."""
+    program = wrapped(redirect=" ".join(f"{number}>&-" for number in closed))
+    with started(program, "-v", "-q", spool, *HERE) as (process, port), Client(port) as client:
+        assert {os.readlink(f"/proc/{process.pid}/fd/{number}") for number in closed} == {"/dev/null"}
+        assert client.say("FOO").startswith("500 5.5.2 ")
+        assert client.deliver("a@example.org", ["b@[127.0.0.1]"], "x").startswith(QUEUED)
+        assert client.say("QUIT") == "221 2.0.0 OK"
+        assert client.eof()
+
+
+# ---- Many clients ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("limit", [None, 64])
+def test_few_open_files_are_enough_for_many_clients(world, relay, tmp_path, wrapped, limit):
+    """Also the fewest that the refusal asks for.  The table divides, and comes together again."""
+    if limit is None:
+        line = refusal(1, "-q", tmp_path / "other", *HERE, program=(wrapped("ulimit -n 20"),))
+        assert "ulimit -n" in line
+        limit = int(re.search(r"(\d+) or more", line)[1])
+        refusal(1, "-q", tmp_path / "other", *HERE, program=(wrapped(f"ulimit -n {limit - 1}"),))
+    server = relay(mx_port=world.exchanger.port, spool=tmp_path / "other", binary=wrapped(f"ulimit -n {limit}"))
+    clients = [server.client() for _ in range(40)]
+    for client in clients:
+        assert client.deliver("a@example.org", ["b@example.net"], "x").startswith(QUEUED)
+    world.exchanger.wait_for_messages(40)
+    assert server.logged("table full")
+    for client in clients:
+        client.close()
+    if Path("/proc/self/task").exists():
+        wait_for(lambda: len(children(server.pid)) == 1, what="nobody but the queue runner left")
+
+
+@pytest.fixture
+def many_descriptors():
+    """Room for as many in the test itself; the relay is given it, too."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    enough = 2500
+    if hard != resource.RLIM_INFINITY and hard < enough:
+        pytest.skip(f"no process may open more than {hard} files here")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, enough), hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_more_clients_than_an_fd_set_holds(world, many_descriptors):
+    """1,200 of them, and every kind of place in the tables is tried."""
+    clients = [world.relay.client() for _ in range(1200)]
+    assert len({client.local_port for client in clients}) == 1200
+    sample = clients[:3] + clients[490:505] + clients[700:1200:50] + clients[-3:]
+    for client in sample:
+        assert client.deliver("a@example.org", [f"b{client.local_port}@example.net"], "x").startswith(QUEUED)
+    messages = world.exchanger.wait_for_messages(len(set(sample)))
+    assert {m.recipients[0] for m in messages} == {f"<b{client.local_port}@example.net>" for client in sample}
+    clients.append(world.relay.client())
+    assert world.relay.process.poll() is None
+    for client in clients:
+        client.close()
+
+
+# ---- Clients that take their time -------------------------------------------------------------------
+
+
+def test_a_client_that_never_reads_delays_nobody(world):
+    with world.relay.client() as deaf, world.relay.client() as other:
+        deaf.sock.setblocking(False)
+        sent, noops = 0, b"NOOP\r\n" * 10000
+        while select.select([], [deaf.sock], [], 0.3)[1]:
+            sent += deaf.sock.send(noops[sent % 6:])
+        assert other.deliver("a@example.org", ["b@example.net"], "x").startswith(QUEUED)
+        world.exchanger.wait_for_messages(1)
+        # All that it asked was answered, once it listens.
+        deaf.sock.settimeout(20)
+        for _ in range(sent // 6):
+            assert deaf.line() == b"250 2.0.0 Ok"
+
+
+def test_a_client_that_sends_octet_by_octet_delays_nobody(world):
+    session = b"HELO me.com\r\nMAIL FROM:<slow@example.org>\r\nRCPT TO:<b@example.net>\r\nDATA\r\nx\r\n.\r\nQUIT\r\n"
+    with world.relay.client() as slow, world.relay.client() as other:
+        for place in range(len(session)):
+            slow.send(session[place:place + 1])
+            assert other.deliver("quick@example.org", ["b@example.net"], "x").startswith(QUEUED)
+        codes = [slow.reply()[:3] for _ in range(6)]
+        assert codes == ["250", "250", "250", "354", "250", "221"]
+    world.exchanger.wait_for_messages(len(session) + 1)
+
+
+def flood(client):
+    """Sends for as long as somebody listens."""
+    def send():
+        with contextlib.suppress(OSError):
+            while True:
+                client.send(b"x\r\n" * 1000000)
+    thread = threading.Thread(target=send, daemon=True)
+    thread.start()
+    return thread
+
+
+def test_who_goes_on_after_quit_is_hung_up_on(relay):
+    client = relay().client()
+    assert client.say("QUIT") == "221 2.0.0 OK"
+    thread = flood(client)
+    thread.join(10)
+    assert not thread.is_alive()
+
+
+# ---- The end --------------------------------------------------------------------------------------
+
+
+def test_clients_that_send_on_and_on_do_not_hold_up_the_end(relay):
+    """Though there is always something to read, the signal is heard."""
+    server = relay("-m", 1000)
+    for client in [server.client() for _ in range(3)]:
+        begin(client)
+        flood(client)
+    assert server.terminate(timeout=8) == 0
+    assert server.tmp() == server.queue() == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("limit", [64, 1000])
+def test_a_signal_ends_it_with_421_to_everybody(relay, wrapped, number, limit):
+    """Those whom a divided table serves, too; and nothing half done stays."""
+    address = loopback()        # where nobody else takes the port at once
+    server = relay(binary=wrapped(f"ulimit -n {limit}"), addresses=[address])
+    clients = [server.client() for _ in range(40)]
+    for client, said in zip(clients, range(len(IN_DATA) + 1)):
+        for line in IN_DATA[:said]:
+            client.say(line)
+    clients[-1].send(b"HELO me")
+    assert len(server.tmp()) == 3
+    os.kill(server.pid, number)
+    for client in clients:
+        assert client.reply().startswith(f"421 4.3.2 {HOSTNAME} ")
+        assert client.eof()
+        client.close()
+    assert server.process.wait(20) == 0
+    assert server.tmp() == server.queue() == []
+    with pytest.raises(ConnectionRefusedError):
+        Client(server.port, address)
+
+
+def test_a_client_that_does_not_hang_up_is_not_waited_for(relay):
+    server = relay()
+    client = server.client()
+    assert server.terminate(timeout=10) == 0
+    assert client.reply().startswith("421 4.3.2 ")
+
+
+def test_what_is_being_stored_is_stored_and_answered_before_the_end(world, strace):
+    """All others hear 421 meanwhile; commands that came behind the dot are not taken."""
+    server = world.relay
+    clients = [server.client() for _ in range(3)]
+    idle = server.client()
+    with strace(server.pid, "trace=fsync", "inject=fsync:delay_enter=500000"):
+        for client in clients:
+            begin(client)
+            client.send(b"Subject: x\r\n.\r\nNOOP\r\nNOOP\r\n")
+        idle.say("NOOP")        # the dots have been read now
+        server.process.terminate()
+        assert idle.reply().startswith("421 4.3.2 ")
+        idle.close()
+        replies = [client.reply() for client in clients]
+        assert all(reply.startswith(QUEUED) for reply in replies)
+        for client in clients:
+            assert client.reply().startswith("421 4.3.2 ")
+            assert client.eof()
+            client.close()
+        assert server.process.wait(20) == 0
+    # Their forwarders go on.
+    messages = world.exchanger.wait_for_messages(3)
+    assert {re.search(rb" id (\S+);", m.raw)[1].decode() for m in messages} == {
+        reply.removeprefix(QUEUED) for reply in replies}
+    assert server.tmp() == []
