@@ -1433,11 +1433,6 @@ static void reap(void)
         got_child = 0;
         reap_children();
     }
-    if (got_hangup && find_child(FINDS) > 0) {  /* else it waits for the next runner */
-        got_hangup = 0;
-        failing_count = 0;
-        kill(find_child(FINDS), SIGHUP);
-    }
     if (got_term)
         stop();
     reap_sessions();
@@ -1447,6 +1442,11 @@ static void reap(void)
         return;
     if (find_child(FINDS) < 0 && clock_ms() >= runner_from)
         start_runner();
+    if (got_hangup && find_child(FINDS) > 0) {  /* else it waits for the next runner */
+        got_hangup = 0;
+        failing_count = 0;
+        kill(find_child(FINDS), SIGHUP);
+    }
     forward_waiting();
 }
 

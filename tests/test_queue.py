@@ -216,9 +216,10 @@ def test_greylisted(house):
 
 def test_nothing_is_tried_before_it_is_due_unless_by_sighup(house):
     world = house()
+    world.relay.stop()
     early = [put(world.relay, f"b{n}@example.net", due=time.time() + 200) for n in range(3)]
     put(world.relay, "due@example.net")
-    os.kill(runner_of(world.relay), signal.SIGKILL)     # the next one begins with a look
+    world.relay.start()
     world.net.wait_for_messages(1)
     wait_for(lambda: world.relay.queue() == early)
     assert received_by(world.net) == {"<due@example.net>": 1}
@@ -356,6 +357,17 @@ def test_killed_runner_is_replaced(house):
     world.net.wait_for_messages(1)
     assert runner_of(world.relay) != first
     world.relay.wait_for_log(f"process {first} died of signal 9")
+
+
+def test_sighup_while_there_is_no_runner(house):
+    """It is passed on to the next one."""
+    world = house()
+    first = runner_of(world.relay)
+    os.kill(first, signal.SIGKILL)
+    world.relay.wait_for_log(f"process {first} died of signal 9")
+    put(world.relay, "b@example.net", due=time.time() + 200)
+    world.relay.hangup()
+    world.net.wait_for_messages(1)
 
 
 @pytest.mark.parametrize("ends", [signal.SIGKILL, signal.SIGTERM])
