@@ -239,7 +239,7 @@ static void clear_drafts(void)
 {
     DIR *tmp = opendir("tmp");
     struct dirent *entry;
-    time_t now = time(NULL);
+    time_t now = wall_clock();
 
     while (tmp != NULL && (entry = readdir(tmp)) != NULL) {
         const char *path = spool_path("tmp", entry->d_name);
@@ -574,7 +574,7 @@ static void read_outcomes(struct message *m)
     }
     m->whole = reader_offset(&r);
     m->torn = r.size > r.used;
-    m->age = grow(m->age, last, time(NULL));
+    m->age = grow(m->age, last, wall_clock());
 }
 
 static void message_free(struct message *m)
@@ -684,7 +684,7 @@ static char *outcome_lines(const struct message *m, enum outcome outcome, size_t
     char *text = NULL, now[64];
     FILE *lines = open_text(&text, size);
 
-    date_text(now, ISO_DATE, time(NULL));
+    date_text(now, ISO_DATE, wall_clock());
     for (size_t i = 0; i < m->count; i++) {
         const struct recipient *r = &m->recipients[i];
 
@@ -698,7 +698,7 @@ static char *outcome_lines(const struct message *m, enum outcome outcome, size_t
 /* The log's one line per outcome. */
 static void log_outcomes(struct message *m, enum outcome outcome)
 {
-    time_t now = time(NULL), came = id_time(m->id);
+    time_t now = wall_clock(), came = id_time(m->id);
 
     for (size_t i = 0; i < m->count; i++) {
         struct recipient *r = &m->recipients[i];
@@ -1678,7 +1678,7 @@ static void write_delivery_status(FILE *out, const struct message *m)
 
     date_text(date, MAIL_DATE, id_time(m->id));
     fprintf(out, "Reporting-MTA: dns; %s\r\nArrival-Date: %s\r\n", settings.hostname, date);
-    date_text(date, MAIL_DATE, time(NULL));
+    date_text(date, MAIL_DATE, wall_clock());
     for (size_t i = 0; i < m->count; i++) {
         const struct recipient *r = &m->recipients[i];
         size_t name = r->said != NULL ? strcspn(r->said, "[ ") : 0, relay = r->said != NULL ? strcspn(r->said, " ") : 0;
@@ -1720,7 +1720,7 @@ static void write_report(FILE *out, const struct message *m, const char *id)
 {
     char date[64];
 
-    date_text(date, MAIL_DATE, time(NULL));
+    date_text(date, MAIL_DATE, wall_clock());
     fprintf(out, "HELO %s\r\nMAIL FROM:<>\r\nRCPT TO:<%s>\r\nDATA\r\n", settings.hostname, m->reverse_path);
     fprintf(out, "Date: %s\r\nFrom: Mail relay <MAILER-DAEMON@%s>\r\nTo: <%s>\r\n", date, settings.hostname,
         m->reverse_path);
@@ -1889,7 +1889,7 @@ static void conclude(struct message *m, struct draft *report)
     }
     if ((failed && !write_outcomes(m, FAILED)) || !write_outcomes(m, LATER))
         logmsg("%s outcomes cannot be recorded (%s)", m->id, strerror(errno));
-    m->due = time(NULL) + (time_t)back_off(m->age);
+    m->due = wall_clock() + (time_t)back_off(m->age);
     if (owed)
         set_due(m);
     else if (!m->gone)
@@ -1907,7 +1907,7 @@ static bool try_message(struct message *m, struct draft *report)
     if (m->torn && ftruncate(m->fd, m->whole) == 0)
         m->torn = false;
     /* If this process is killed, the message is not tried again at once. */
-    m->due = time(NULL) + (time_t)back_off(m->age);
+    m->due = wall_clock() + (time_t)back_off(m->age);
     set_due(m);
     count = make_parties(m, order, parties);
     if (count == 1) {
@@ -1982,7 +1982,7 @@ void hand_over(struct draft *d, int reply_fd, int due_fd, uint32_t lane, bool fo
 static time_t due_time(const char *id, bool make_due, bool complain)
 {
     int64_t most = settings.retry > RETRY_LIMIT ? settings.retry : RETRY_LIMIT;
-    time_t now = time(NULL);
+    time_t now = wall_clock();
     struct stat st;
 
     if (lstat(spool_path("queue", id), &st) != 0)
@@ -2008,7 +2008,7 @@ void forward_due(const char *id)
 
     /* Somebody else may have it, or may have been done with it just now. */
     if (fd < 0 || !lock_octets(fd, F_WRLCK, 0, 0) || fstat(fd, &st) != 0 || st.st_nlink == 0
-        || due_time(id, false, false) > time(NULL))
+        || due_time(id, false, false) > wall_clock())
         _exit(1);
     if (!message_read(&m, fd, id)) {
         logmsg("%s is not a message of ours: left alone", id);
@@ -2062,7 +2062,7 @@ static void offer_due(int due_fd, const char *id, pid_t server, bool complain)
 /* Looks once through the queue.  Returns when the next file will be due. */
 static time_t search_queue(int due_fd, pid_t server, bool make_due, bool complain)
 {
-    time_t now = time(NULL), next = now + NAP_LIMIT;
+    time_t now = wall_clock(), next = now + NAP_LIMIT;
     DIR *queue = opendir("queue");
     struct dirent *entry;
 
@@ -2072,7 +2072,7 @@ static time_t search_queue(int due_fd, pid_t server, bool make_due, bool complai
     while (queue != NULL && (entry = readdir(queue)) != NULL && getppid() == server) {
         time_t due = entry->d_name[0] == '.' ? 0 : due_time(entry->d_name, make_due, complain);
 
-        if (due != 0 && due <= time(NULL))
+        if (due != 0 && due <= wall_clock())
             offer_due(due_fd, entry->d_name, server, complain);
         else if (due != 0 && due < next)
             next = due;
@@ -2111,7 +2111,7 @@ void run_queue(int due_fd, pid_t server)
 
         all_due = 0;
         next = search_queue(due_fd, server, make_due, first);
-        nap = ((int64_t)next - (int64_t)time(NULL)) * 1000;
+        nap = ((int64_t)next - (int64_t)wall_clock()) * 1000;
         nap = clamp(nap, 1000, settings.retry * 1000);
         nap = clamp(nap, 10 * (clock_ms() - begun), NAP_LIMIT * 1000);  /* long searches are rare ones */
         timeout.tv_sec = (time_t)(nap / 1000);
@@ -2146,7 +2146,7 @@ static size_t list_message(const char *id, long long *octets)
     struct stat st;
     int fd = open_queued(id, O_RDONLY);
     size_t owed = 0;
-    time_t now = time(NULL);
+    time_t now = wall_clock();
 
     if (fd < 0)
         return 0;

@@ -824,7 +824,7 @@ static void do_rcpt(struct session *s, const char *argument)
 static void do_data(struct session *s, const char *argument)
 {
     char name[DOMAIN_LIMIT + 1], date[64], address[ADDRESS_TEXT];
-    time_t now = time(NULL);
+    time_t now = wall_clock();
     struct tm utc;
     size_t i;
 

@@ -175,6 +175,10 @@ int list_queue(void);
 /* Milliseconds by the clock that never jumps: for time-outs. */
 int64_t clock_ms(void);
 
+/* Seconds since 1970: for dates.  Not time(), which on Linux may be a tick, and so
+ * a second, behind the clock that files are stamped by. */
+time_t wall_clock(void);
+
 /* A socket of `type` that never blocks and is small enough for an fd_set, or -1
  * with errno. */
 int socket_open(const union address *to, int type);
