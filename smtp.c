@@ -516,8 +516,8 @@ static void forward_waiting(void)
     for (size_t i = 0; i < waiting_count; i++) {
         pid_t pid = -1;
 
-        if (slots > 0 && lane_free(waiting[i].lane))
-            pid = spawn(FORWARDS, waiting[i].lane);
+        if (slots > 0 && lane_free(waiting[i].lane) && (pid = spawn(FORWARDS, waiting[i].lane)) < 0)
+            slots = 0;          /* no process for this one: none for the others */
         if (pid == 0) {
             forget_all();
             close_fd(&due_pipe[1]);

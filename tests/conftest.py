@@ -89,6 +89,10 @@ def strace(tmp_path):
         try:
             yield output.read_text
         finally:
-            tracer.send_signal(signal.SIGINT)       # it lets go, and the process runs on
-            tracer.communicate()
+            # It lets go, and the process runs on.  The signal that comes just before
+            # strace begins to wait is seen only when that ends: so it is said again.
+            while tracer.poll() is None:
+                tracer.send_signal(signal.SIGINT)
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    tracer.communicate(timeout=0.2)
     return attached
