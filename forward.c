@@ -218,8 +218,9 @@ static bool make_directory(const char *name)
 void spool_enter(uid_t owner, gid_t group)
 {
     static char path[4096];
+    bool made = mkdir(settings.spool, 0700) == 0;
 
-    if (mkdir(settings.spool, 0700) == 0) {
+    if (made) {
         if (geteuid() == 0 && chown(settings.spool, owner, group) != 0)
             die("cannot give the spool %s to uid %ld", settings.spool, (long)owner);
     } else if (errno != EEXIST) {
@@ -227,7 +228,7 @@ void spool_enter(uid_t owner, gid_t group)
     }
     if (chdir(settings.spool) != 0)
         die("cannot enter the spool %s", settings.spool);
-    if (!sync_directory(".."))
+    if (made && !sync_directory("..") && errno != EACCES)   /* EACCES: a parent we may pass, but not read */
         die("cannot make the spool %s durable", settings.spool);
     if (getcwd(path, sizeof path) == NULL)
         die("cannot tell the spool's path");
@@ -293,8 +294,12 @@ bool draft_open(struct draft *d, unsigned port)
     d->error = 0;
     d->fd = create_draft(d->id);
     /* The spool was taken away, and may be back: on another disk, or empty. */
-    if (d->fd < 0 && errno == ENOENT && chdir(settings.spool) == 0 && make_directory("tmp") && make_directory("queue"))
-        d->fd = create_draft(d->id);
+    if (d->fd < 0 && errno == ENOENT) {
+        if (chdir(settings.spool) != 0)
+            logmsg("cannot enter the spool %s (%s)", settings.spool, strerror(errno));
+        if (make_directory("tmp") && make_directory("queue"))
+            d->fd = create_draft(d->id);
+    }
     if (d->fd >= 0)
         return true;
     d->error = errno;
@@ -409,7 +414,6 @@ struct message {
     struct recipient *recipients;
     size_t count;
     bool part;              /* this process tries only some recipients of it */
-    bool torn;              /* half a line stands at the end */
     bool gone;              /* removed from the queue */
 };
 
@@ -573,7 +577,6 @@ static void read_outcomes(struct message *m)
         }
     }
     m->whole = reader_offset(&r);
-    m->torn = r.size > r.used;
     m->age = grow(m->age, last, wall_clock());
 }
 
@@ -732,6 +735,15 @@ static bool remove_message(struct message *m)
     return m->gone;
 }
 
+/* Does the file end within a line?  A crash or a full disk has cut it off. */
+static bool is_torn(int fd)
+{
+    struct stat st;
+    char last;
+
+    return fstat(fd, &st) == 0 && pread(fd, &last, 1, st.st_size - 1) == 1 && last != '\n';
+}
+
 /* Writes the outcomes below the dot, in one write and synced.  When nobody is
  * owed the message any more, removing it is the record.  False: the disk does
  * not take it. */
@@ -746,10 +758,9 @@ static bool write_outcomes(struct message *m, enum outcome outcome)
         return true;
     }
     text = outcome_lines(m, outcome, &size);
-    if (size > 0) {     /* a torn line is ended: others may have written behind it */
-        ok = (!m->torn || write(m->fd, "\r\n", 2) == 2)
+    if (size > 0) {     /* a torn line, of ours or of another party, is ended, so that it tears no other */
+        ok = (!is_torn(m->fd) || write(m->fd, "\r\n", 2) == 2)
             && write(m->fd, text, size) == (ssize_t)size && fsync(m->fd) == 0;
-        m->torn = !ok;
         set_due(m);
     }
     free(text);
@@ -1710,7 +1721,7 @@ static void write_header(FILE *out, const struct message *m)
             if ((line[i] < ' ' && line[i] != '\t') || line[i] > '~')
                 line[i] = '?';
         fprintf(out, "%.*s\r\n", (int)length, line);
-        written += length;
+        written += length + 2;
     }
 }
 
@@ -1904,8 +1915,8 @@ static bool try_message(struct message *m, struct draft *report)
     size_t count;
     bool reached = true;
 
-    if (m->torn && ftruncate(m->fd, m->whole) == 0)
-        m->torn = false;
+    if (is_torn(m->fd) && ftruncate(m->fd, m->whole) != 0)
+        logmsg("%s has half a line that cannot be cut away (%s)", m->id, strerror(errno));
     /* If this process is killed, the message is not tried again at once. */
     m->due = wall_clock() + (time_t)back_off(m->age);
     set_due(m);
