@@ -96,3 +96,20 @@ def strace(tmp_path):
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     tracer.communicate(timeout=0.2)
     return attached
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    """One relay for all tests of a module that talk to it and send nothing on."""
+    dns = lab.Nameserver()
+    relay = lab.Relay(spool=tmp_path_factory.mktemp("server") / "spool", dns=dns)
+    yield relay
+    relay.stop()
+    dns.stop()
+
+
+@pytest.fixture
+def client(server):
+    """Somebody who talks to it."""
+    with server.client() as client:
+        yield client

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from lab import HOSTNAME, Nameserver, Relay, transcript, wait_for
+from lab import HOSTNAME, Relay, transcript, wait_for
 
 HELO_FIRST = "503 5.5.1 Error: send HELO/EHLO first"
 NEED_MAIL = "503 5.5.1 Error: need MAIL command"
@@ -24,22 +24,6 @@ OK = "250 2.0.0 Ok"
 # What a command line may have with its CRLF: 512 octets (RFC 5321 4.5.3.1.4), and
 # 26 more for SIZE (RFC 1870 3) and 17 for BODY (RFC 6152 2).
 LINE_LIMIT = 512 + 26 + 17
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    """One relay for all who talk to it and send nothing."""
-    dns = Nameserver()
-    relay = Relay(spool=tmp_path_factory.mktemp("server") / "spool", dns=dns)
-    yield relay
-    relay.stop()
-    dns.stop()
-
-
-@pytest.fixture
-def client(server):
-    with server.client() as client:
-        yield client
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import socket
 
 import pytest
 
-from lab import HOSTNAME, Nameserver, Relay
+from lab import HOSTNAME
 
 BARE = "550 5.5.2 "
 TOO_BIG = "552 5.3.4 "
@@ -20,22 +20,6 @@ END = b"\r\n.\r\n"
 # What nobody may take for commands: the rest of a message that has been smuggled in.
 SMUGGLED = (b"MAIL FROM:<evil@example.org>\r\nRCPT TO:<victim@example.net>\r\nDATA\r\n"
             b"Subject: smuggled\r\n\r\nNOOP\r\nQUIT")
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    """One relay for the messages that it refuses."""
-    dns = Nameserver()
-    relay = Relay(spool=tmp_path_factory.mktemp("server") / "spool", dns=dns)
-    yield relay
-    relay.stop()
-    dns.stop()
-
-
-@pytest.fixture
-def client(server):
-    with server.client() as client:
-        yield client
 
 
 def begin(client, end="\r\n", greeting="HELO me.com"):
