@@ -39,7 +39,8 @@
  *               or dropped
  *
  * The forwarder's lock is an fcntl() lock on the whole file, taken before the
- * rename, so that no other process tries the message at the same time.  Such
+ * rename, so that no other process tries the message at the same time (where
+ * children try its domains, each holds an octet of its own).  Such
  * locks are not inherited by fork(), vanish with the process, and also when it
  * closes *any* descriptor of the file: a message is never opened twice.
  *
@@ -76,7 +77,7 @@ enum {
     SPOOL_LINE = 8192,          /* the longest line the spool has above and below a body */
     STALE = 3600,               /* seconds, beside -t, after which nobody writes to a draft any more */
     RETRY_LIMIT = 3600,         /* seconds between tries at most */
-    TRY_LIMIT = 3 * 3600,       /* seconds a try may take; then the process is killed */
+    TRY_LIMIT = 3 * 3600,       /* seconds a try may take; after twice as many the process is killed */
     NAP_LIMIT = 60,             /* seconds between two looks through the queue at most */
     EXCHANGER_LIMIT = 10,       /* names tried for a domain ... */
     ADDRESS_LIMIT = 20,         /* ... and addresses of theirs */
@@ -163,7 +164,7 @@ static FILE *open_text(char **text, size_t *size)
     return stream;
 }
 
-/* How long until the next try of a message of this age: it doubles its age. */
+/* How long until the next try of a message of this age: the waits double. */
 static int64_t back_off(int64_t age)
 {
     int64_t most = settings.retry > RETRY_LIMIT ? settings.retry : RETRY_LIMIT;
@@ -1010,13 +1011,19 @@ static const struct {
     { "DATA", 120 }, { "the message", 180 }, { "the final dot", 600 }, { "QUIT", 10 }
 };
 
+/* When this process has to be done with its try, by clock_ms(): then every step
+ * is over, and what is left is for later.  Children have it from their parent. */
+static int64_t try_end;
+
 static int64_t step_deadline(enum step step)
 {
     long seconds = steps[step].seconds;
+    int64_t end;
 
     if (settings.wait > 0 && settings.wait < seconds)
         seconds = settings.wait;
-    return clock_ms() + seconds * 1000;
+    end = clock_ms() + seconds * 1000;
+    return end < try_end ? end : try_end;
 }
 
 static void log_exchange(const struct exchange *x, const char *who, const char *text, size_t size)
@@ -1817,8 +1824,8 @@ static size_t make_parties(struct message *m, struct recipient **order, struct p
     return count;
 }
 
-/* A child for one domain.  It holds a lock of its own, on the octet after the
- * message's: if its parent is killed, nobody tries the message again before the
+/* A child for one domain.  It holds a lock of its own, on the octet of its
+ * number, while its parent keeps octet 0: if the parent is killed, nobody tries the message again before the
  * child is done, too.  What failed is left to the parent, who reports it before
  * it is recorded.  False: there is no process for it. */
 static bool start_party(struct message *m, const struct party *p, off_t number, struct draft *failures)
@@ -1830,7 +1837,7 @@ static bool start_party(struct message *m, const struct party *p, off_t number, 
 
     if (pid != 0)
         return pid > 0;
-    alarm(TRY_LIMIT);
+    alarm(2 * TRY_LIMIT);
     if (!lock_octets(m->fd, F_WRLCK, number, 1) || getppid() != parent)
         _exit(1);
     m->part = true;
@@ -1940,7 +1947,8 @@ static void forward(struct message *m)
     struct draft report = { .fd = -1 };
     bool reached;
 
-    alarm(TRY_LIMIT);       /* nothing an exchanger does makes a try last for ever */
+    try_end = clock_ms() + (int64_t)TRY_LIMIT * 1000;
+    alarm(2 * TRY_LIMIT);   /* if all else fails, the kernel makes an end of it */
     reached = try_message(m, &report);
     message_free(m);
     if (report.fd >= 0 && message_read(m, report.fd, report.id)) {
@@ -2174,7 +2182,8 @@ static size_t list_message(const char *id, long long *octets)
                     m.recipients[i].said != NULL ? m.recipients[i].said : "not tried yet");
                 owed++;
             }
-        *octets += (long long)(m.end - m.body);
+        if (owed > 0)
+            *octets += (long long)(m.end - m.body);
     }
     message_free(&m);
     return owed;

@@ -369,7 +369,7 @@ static void forget_all(void)
  * stay blocked: they are for the runner, which opens itself to them in time. */
 static void default_signals(void)
 {
-    static const int caught[] = { SIGTERM, SIGINT, SIGCHLD, SIGHUP };
+    static const int caught[] = { SIGTERM, SIGINT, SIGCHLD, SIGHUP, SIGUSR1 };
     sigset_t blocked;
 
     for (size_t i = 0; i < sizeof caught / sizeof caught[0]; i++)
@@ -1471,6 +1471,7 @@ static sigset_t catch_signals(void)
         sigaction(caught[i], &action, NULL);
     signal(SIGPIPE, SIG_IGN);       /* who hangs up is told by write() */
     signal(SIGXFSZ, SIG_IGN);       /* and a file that may not grow, too */
+    signal(SIGUSR1, SIG_IGN);       /* which is the runner's, who looks like us in ps */
     return open;
 }
 

@@ -86,7 +86,7 @@ extern struct settings settings;
 
 /* ---- smtp.c: the log and the line reader ------------------------------- */
 
-/* Writes one line to stderr, as one write(), cut at 2,000 octets; control and
+/* Writes one line to stderr, as one write(), cut at 2,047 octets; control and
  * 8-bit characters become '?', so nobody outside can forge a line. */
 void logmsg(const char *format, ...);
 
@@ -111,7 +111,7 @@ struct line next_line(const char *bytes, size_t size, bool lf);
 
 struct draft {
     int fd;             /* its file in tmp/, or -1 */
-    int error;          /* errno of the first write that failed: sticky, asked once */
+    int error;          /* errno of the first write that failed: sticky */
     char id[ID_SIZE];   /* its name here, in queue/, in the log and in the 250 */
 };
 
