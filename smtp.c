@@ -54,7 +54,8 @@ enum {
     WAITING_LIMIT = 1024,   /* ids that wait in memory for a forwarder */
     FAILING_LANES = 64,     /* places known not to answer */
     FAILING_WAITING = 8,    /* ids that may wait for one of them */
-    ACCEPTS = 64            /* clients accepted before the others are served again */
+    ACCEPTS = 64,           /* clients accepted before the others are served again */
+    INHERITED = 65536       /* descriptors closed at the start: to try a billion would take minutes */
 };
 
 struct settings settings = {
@@ -105,7 +106,7 @@ void die(const char *format, ...)
     va_start(arguments, format);
     write_log("smtp: ", error, format, arguments);
     va_end(arguments);
-    exit(1);
+    _exit(1);       /* a child must not flush what its parent had in its buffers */
 }
 
 /* ==== Lines ============================================================== */
@@ -369,7 +370,7 @@ static void forget_all(void)
  * stay blocked: they are for the runner, which opens itself to them in time. */
 static void default_signals(void)
 {
-    static const int caught[] = { SIGTERM, SIGINT, SIGCHLD, SIGHUP, SIGUSR1 };
+    static const int caught[] = { SIGTERM, SIGINT, SIGCHLD, SIGHUP, SIGUSR1, SIGALRM };
     sigset_t blocked;
 
     for (size_t i = 0; i < sizeof caught / sizeof caught[0]; i++)
@@ -1776,15 +1777,20 @@ static void read_options(int argc, char **argv, unsigned *port, const char **use
         set_smarthost(smarthost);       /* now that -P is known */
 }
 
-/* Descriptors 0 to 2 exist: else a client's socket might become our stderr. */
-static void open_standard(void)
+/* Descriptors 0 to 2 exist, else a client's socket might become our stderr; and
+ * no others do: whoever started us would wait for the end of what we hold. */
+static void settle_descriptors(void)
 {
+    long limit = sysconf(_SC_OPEN_MAX);
     int fd;
 
     do
         fd = open("/dev/null", O_RDWR);
     while (fd >= 0 && fd <= STDERR_FILENO);
-    close_fd(&fd);
+    if (limit < 0 || limit > INHERITED)
+        limit = INHERITED;
+    for (fd = STDERR_FILENO + 1; fd < limit; fd++)
+        close(fd);
 }
 
 static void log_listening(void)
@@ -1802,11 +1808,11 @@ int main(int argc, char **argv)
 {
     const char *user_name = NULL;
     unsigned port = 25;
-    bool list = false, root = geteuid() == 0;
+    bool list = false, root = geteuid() == 0 || getuid() == 0;
     const struct passwd *user = NULL;
     sigset_t open;
 
-    open_standard();
+    settle_descriptors();
     umask(077);
     allow("127.0.0.0/8");
     allow("::1");
