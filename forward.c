@@ -220,15 +220,21 @@ void spool_enter(uid_t owner, gid_t group)
 {
     static char path[4096];
     bool made = mkdir(settings.spool, 0700) == 0;
+    struct stat st;
+    int fd;
 
-    if (made) {
-        if (geteuid() == 0 && chown(settings.spool, owner, group) != 0)
-            die("cannot give the spool %s to uid %ld", settings.spool, (long)owner);
-    } else if (errno != EEXIST) {
+    if (!made && errno != EEXIST)
         die("cannot make the spool %s (-q names another)", settings.spool);
-    }
-    if (chdir(settings.spool) != 0)
+    errno = 0;
+    if (lstat(settings.spool, &st) == 0 && S_ISLNK(st.st_mode))
+        die("the spool %s is a link: name what it leads to with -q", settings.spool);
+    /* Opened once, so that what root gives away below is what was looked at. */
+    fd = open(settings.spool, O_RDONLY | O_DIRECTORY | O_NOFOLLOW);
+    if (fd < 0 || fchdir(fd) != 0)
         die("cannot enter the spool %s", settings.spool);
+    if (made && geteuid() == 0 && fchown(fd, owner, group) != 0)
+        die("cannot give the spool %s to uid %ld", settings.spool, (long)owner);
+    close(fd);
     if (made && !sync_directory("..") && errno != EACCES)   /* EACCES: a parent we may pass, but not read */
         die("cannot make the spool %s durable", settings.spool);
     if (getcwd(path, sizeof path) == NULL)
@@ -256,22 +262,33 @@ static void clear_drafts(void)
         closedir(tmp);
 }
 
+/* Whoever could write to the spool, or to a directory of it (`name`, behind a
+ * slash), could put mail there, or links in the place of mail.  Dies where that
+ * is so. */
+static void check_directory(const char *name)
+{
+    struct stat st;
+
+    if (lstat(name[0] != '\0' ? name + 1 : ".", &st) != 0)
+        die("cannot look at the spool %s%s", settings.spool, name);
+    errno = 0;
+    if (st.st_uid != geteuid())
+        die("the spool %s%s belongs to uid %ld, not to uid %ld: chown it, or name another with -q",
+            settings.spool, name, (long)st.st_uid, (long)geteuid());
+    if ((st.st_mode & (S_IWGRP | S_IWOTH)) != 0)
+        die("others may write to the spool %s%s: chmod 700 it", settings.spool, name);
+}
+
 int spool_take(void)
 {
     struct flock lock = { .l_type = F_WRLCK, .l_whence = SEEK_SET };
-    struct stat st;
     int fd;
 
-    if (stat(".", &st) != 0)
-        die("cannot look at the spool %s", settings.spool);
-    errno = 0;
-    if (st.st_uid != geteuid())
-        die("the spool %s belongs to uid %ld, not to uid %ld: chown it, or name another with -q",
-            settings.spool, (long)st.st_uid, (long)geteuid());
-    if ((st.st_mode & (S_IWGRP | S_IWOTH)) != 0)
-        die("others may write to the spool %s: chmod 700 it", settings.spool);
+    check_directory("");
     if (!make_directory("tmp") || !make_directory("queue"))
         die("cannot make %s/tmp and %s/queue", settings.spool, settings.spool);
+    check_directory("/tmp");
+    check_directory("/queue");
     fd = open("lock", O_RDWR | O_CREAT | O_NOFOLLOW | O_NONBLOCK, 0600);
     if (fd < 0)
         die("cannot open %s/lock", settings.spool);
