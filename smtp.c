@@ -16,9 +16,9 @@
  *   Children           every fork, and who is still running
  *   Forwarding         which due message gets a forwarder next
  *   Addresses          the grammar of RFC 5321 4.1.2
+ *   Access             who may relay, and where to
  *   Commands           the dialogue
  *   The message        from 354 to the final dot
- *   Access             who may relay
  *   The loop           fill, wait, serve, reap
  *   Start              options, listening, privileges, main()
  */
@@ -47,6 +47,8 @@ enum {
     OUTPUT_LIMIT = 8192,    /* no further command is answered before so many octets are gone */
     LINE_HEAD = 16,         /* the first octets of a line, which tell what it is */
     LOOP_LIMIT = 100,       /* Received: lines (RFC 5321 6.3) */
+    ERROR_LIMIT = 20,       /* 5xx replies without a completed transaction between */
+    IDLES = 12,             /* times -t that a client has to complete a transaction */
     LINGER = 2000,          /* ms for a client to take its last reply */
     REST = 1000,            /* ms without accepting when something has run out */
     LISTENERS = 16,
@@ -61,6 +63,7 @@ enum {
 struct settings settings = {
     .spool = "/var/spool/smtp",
     .mx_port = 25,
+    .per_address = 1000,
     .max_size = 50 * 1024 * 1024,
     .idle = 300,            /* RFC 5321 4.5.3.2.7 */
     .retry = 300,
@@ -172,7 +175,9 @@ struct session {
     bool lf;                /* that line ended in a bare LF: so do all */
     bool skipping;          /* inside a command line that is too long */
     bool extended;          /* EHLO, not HELO */
+    unsigned errors;        /* 5xx replies since the last completed transaction */
     int64_t deadline;       /* by clock_ms(): it has to say something before */
+    int64_t limit;          /* and to have completed a transaction before */
     union address peer;
     char *helo;             /* NULL before HELO */
     struct transaction *tx; /* NULL outside a transaction */
@@ -248,9 +253,21 @@ static void forget_session(struct session *s)
     free(s);
 }
 
+/* It has got on, and has as much time again. */
 static void extend_deadline(struct session *s)
 {
     s->deadline = clock_ms() + settings.idle * 1000;
+    if (s->deadline > s->limit)
+        s->deadline = s->limit;
+}
+
+/* A new client, or one that has completed a transaction, is trusted anew: for a
+ * time, and for some errors. */
+static void renew(struct session *s)
+{
+    s->errors = 0;
+    s->limit = clock_ms() + IDLES * settings.idle * 1000;
+    extend_deadline(s);
 }
 
 /* ==== Replies ============================================================ */
@@ -295,6 +312,7 @@ static void reply(struct session *s, const char *format, ...)
         log_dialogue(s, "S", text);
     else if (text[0] >= '4')
         log_dialogue(s, "refused", text);
+    s->errors += text[0] == '5';
     if (!buffer_add(&s->out, text, strlen(text)) || !buffer_add(&s->out, "\r\n", 2))
         s->phase = GONE;
 }
@@ -668,6 +686,35 @@ static const char *take_path(const char *p, char mailbox[PATH_LIMIT])
     return p + 1;
 }
 
+/* ==== Access ============================================================= */
+
+static bool in_network(const union address *a, const struct network *n)
+{
+    size_t count;
+    const unsigned char *x = address_octets(a, &count), *y = address_octets(&n->base, &count);
+    unsigned whole = n->bits / 8, rest = n->bits % 8;
+
+    return a->sa.sa_family == n->base.sa.sa_family && memcmp(x, y, whole) == 0
+        && (rest == 0 || (x[whole] ^ y[whole]) >> (8 - rest) == 0);
+}
+
+static bool is_allowed(const union address *peer)
+{
+    for (size_t i = 0; i < settings.allowed_count; i++)
+        if (in_network(peer, &settings.allowed[i]))
+            return true;
+    return false;
+}
+
+/* Is mail taken for this domain? */
+static bool is_relayed(const char *domain)
+{
+    for (size_t i = 0; i < settings.domain_count; i++)
+        if (strcasecmp(domain, settings.domains[i]) == 0)
+            return true;
+    return settings.domain_count == 0;
+}
+
 /* ==== Commands =========================================================== */
 
 /* One word of printable characters. */
@@ -794,27 +841,33 @@ static void do_mail(struct session *s, const char *argument)
 static void do_rcpt(struct session *s, const char *argument)
 {
     char mailbox[PATH_LIMIT];
-    const char *rest = NULL;
+    const char *rest = NULL, *domain = NULL;
+    bool postmaster = false;
 
     if (strncasecmp(argument, "TO:", 3) == 0) {
         argument += 3;
-        if (strncasecmp(argument, "<Postmaster>", 12) == 0) {   /* RFC 5321 4.5.1 */
+        postmaster = strncasecmp(argument, "<Postmaster>", 12) == 0;    /* RFC 5321 4.5.1 */
+        if (postmaster) {
             rest = argument + 12;
             snprintf(mailbox, sizeof mailbox, "%s", settings.postmaster);
         } else {
             rest = take_path(argument, mailbox);
         }
     }
+    if (rest != NULL)
+        domain = strrchr(mailbox, '@') + 1;
     if (rest == NULL || (*rest != '\0' && *rest != ' ')) {
         reply(s, "501 5.5.4 Syntax: RCPT TO:<address>");
     } else if (*rest != '\0') {
         reply(s, "555 5.5.4 Error: RCPT takes no parameters");
+    } else if (!postmaster && !is_relayed(domain)) {
+        reply(s, "550 5.7.1 Error: %s is none of the domains that mail is taken for here (smtp -d)", domain);
     } else if (s->tx->recipients >= RECIPIENT_LIMIT) {
         reply(s, "452 4.5.3 Error: %d recipients are enough, send to the rest in another transaction",
             RECIPIENT_LIMIT);
     } else if (note(s, "RCPT TO:<%s>\r\n", mailbox)) {
         if (s->tx->recipients++ == 0)
-            s->tx->lane = lane_of(strrchr(mailbox, '@') + 1);
+            s->tx->lane = lane_of(domain);
         s->phase = ADDRESSED;
         reply(s, "250 2.1.5 Ok");
     }
@@ -871,6 +924,15 @@ static void do_quit(struct session *s, const char *argument)
     start_closing(s);
 }
 
+/* A browser that was tricked into posting to us has our commands in the body of
+ * its request: it must not get as far as that. */
+static void do_http(struct session *s, const char *argument)
+{
+    (void)argument;
+    reply(s, "421 4.7.0 %s Error: this is SMTP, not HTTP", settings.hostname);
+    start_closing(s);
+}
+
 #define HELO_FIRST  "503 5.5.1 Error: send HELO/EHLO first"
 #define NEED_MAIL   "503 5.5.1 Error: need MAIL command"
 #define NEED_RCPT   "503 5.5.1 Error: need RCPT command"
@@ -906,6 +968,16 @@ static const struct command {
     { "AUTH", NULL, NOT_IMPLEMENTED, { NULL } },
     { "STARTTLS", NULL, NOT_IMPLEMENTED, { NULL } },
     { "BDAT", NULL, NOT_IMPLEMENTED, { NULL } },
+    { "GET", do_http, NULL, { NULL } },
+    { "HEAD", do_http, NULL, { NULL } },
+    { "POST", do_http, NULL, { NULL } },
+    { "PUT", do_http, NULL, { NULL } },
+    { "PATCH", do_http, NULL, { NULL } },
+    { "DELETE", do_http, NULL, { NULL } },
+    { "CONNECT", do_http, NULL, { NULL } },
+    { "OPTIONS", do_http, NULL, { NULL } },
+    { "TRACE", do_http, NULL, { NULL } },
+    { "HOST:", do_http, NULL, { NULL } },           /* behind any method a script may choose */
     { "", NULL, "500 5.5.2 Error: command not recognized", { NULL } }   /* fits all else */
 };
 
@@ -941,6 +1013,7 @@ static size_t take_command(struct session *s, const char *bytes, size_t size)
         s->skipping = s->skipping || line.length >= COMMAND_LIMIT;
         return s->skipping ? line.length : 0;
     }
+    extend_deadline(s);     /* for whole lines, not for octets */
     if (s->skipping || line.used > COMMAND_LIMIT) {
         s->skipping = false;
         reply(s, "500 5.5.2 Error: line too long");
@@ -1048,6 +1121,7 @@ static size_t take_message(struct session *s, const char *bytes, size_t size)
     struct transaction *tx = s->tx;
     size_t used = 0, kept = 0;
 
+    extend_deadline(s);
     while (used < size) {
         const char *text = bytes + used;
         struct line line = next_line(text, size - used, s->lf);
@@ -1073,6 +1147,8 @@ static size_t take_message(struct session *s, const char *bytes, size_t size)
         used += line.used > 0 ? line.used : line.length;
     }
     keep(tx, bytes + kept, used - kept);
+    if (tx->refusal == NULL)
+        s->limit += (int64_t)used;      /* a second for every 1,000 octets */
     return used;
 }
 
@@ -1088,28 +1164,11 @@ static void take_result(struct session *s)
     line[strcspn(line, "\r\n")] = '\0';
     close_fd(&s->pipe);
     reset(s);
-    extend_deadline(s);
+    if (line[0] == '2')
+        renew(s);
+    else
+        extend_deadline(s);
     reply(s, "%s", line[0] != '\0' ? line : draft_refusal(EIO));
-}
-
-/* ==== Access ============================================================= */
-
-static bool in_network(const union address *a, const struct network *n)
-{
-    size_t count;
-    const unsigned char *x = address_octets(a, &count), *y = address_octets(&n->base, &count);
-    unsigned whole = n->bits / 8, rest = n->bits % 8;
-
-    return a->sa.sa_family == n->base.sa.sa_family && memcmp(x, y, whole) == 0
-        && (rest == 0 || (x[whole] ^ y[whole]) >> (8 - rest) == 0);
-}
-
-static bool is_allowed(const union address *peer)
-{
-    for (size_t i = 0; i < settings.allowed_count; i++)
-        if (in_network(peer, &settings.allowed[i]))
-            return true;
-    return false;
 }
 
 /* ==== The loop =========================================================== */
@@ -1204,6 +1263,10 @@ static void converse(struct session *s, const char *bytes, size_t size)
     while (s->phase < STORING && used < size && n > 0 && !full) {
         n = (s->phase == DATA ? take_message : take_command)(s, bytes + used, size - used);
         used += n;
+        if (s->errors >= ERROR_LIMIT && s->phase < DATA) {
+            reply(s, "421 4.7.0 %s Error: too many errors", settings.hostname);
+            start_closing(s);
+        }
         if (s->out.size >= OUTPUT_LIMIT) {
             flush(s);
             full = s->out.size > 0;     /* it goes on when the client has taken them */
@@ -1231,7 +1294,6 @@ static void hear(struct session *s)
     if (n <= 0) {
         s->phase = GONE;            /* the end, or a reset: all it asked for has been answered */
     } else if (s->phase != CLOSING) {
-        extend_deadline(s);
         converse(s, input, s->in.size + (size_t)n);
     }
 }
@@ -1279,7 +1341,7 @@ static void welcome(int fd, union address *peer)
     s->peer = *peer;
     address_unmap(&s->peer);      /* an IPv4 client of an IPv6 socket is an IPv4 client */
     s->port = address_port(peer);
-    extend_deadline(s);
+    renew(s);
     fcntl(fd, F_SETFL, O_NONBLOCK);
     address_text(&s->peer, text);
     if (is_allowed(&s->peer)) {
@@ -1501,6 +1563,8 @@ static const char usage_text[] =
     "usage: smtp [options] address...    serve on these addresses\n"
     "       smtp -l [-q spool]           list the queue\n"
     "  -a network     let these clients relay, too: 192.0.2.0/24, 2001:db8::/32\n"
+    "  -c number      connections from one client at once, 0 for any (1000)\n"
+    "  -d domain      take mail for this domain only; may be repeated (all)\n"
     "  -e seconds     give up on a message after (5 days)\n"
     "  -h hostname    call ourselves so (the system's name)\n"
     "  -j number      forwarders at once (50)\n"
@@ -1575,6 +1639,19 @@ static void allow(const char *text)
     networks = more;
     networks[settings.allowed_count++] = network_parse(text);
     settings.allowed = networks;
+}
+
+static void add_domain(const char *text)
+{
+    const char **more = realloc(settings.domains, (settings.domain_count + 1) * sizeof *more);
+    const char *end = text[0] == '[' ? skip_literal(text) : skip_domain(text);
+
+    if (more == NULL)
+        die("no memory");
+    if (end == NULL || *end != '\0')
+        misused("-d %s: not a domain such as example.org", text);
+    settings.domains = more;
+    settings.domains[settings.domain_count++] = text;
 }
 
 static void add_nameserver(const char *text)
@@ -1746,9 +1823,11 @@ static void read_options(int argc, char **argv, unsigned *port, const char **use
     int option;
 
     opterr = 0;
-    while ((option = getopt(argc, argv, ":a:e:h:j:lM:m:n:P:p:q:r:s:t:u:vw:")) != -1)
+    while ((option = getopt(argc, argv, ":a:c:d:e:h:j:lM:m:n:P:p:q:r:s:t:u:vw:")) != -1)
         switch (option) {
         case 'a': allow(optarg); break;
+        case 'c': settings.per_address = (long)number(option, optarg, 0, LONG_MAX); break;
+        case 'd': add_domain(optarg); break;
         case 'e': settings.expire = (long)number(option, optarg, 1, LONG_MAX / 1000); break;
         case 'h': settings.hostname = optarg; break;
         case 'j': settings.forwarders = (long)number(option, optarg, 1, 10000); break;

@@ -68,6 +68,9 @@ struct settings {
     const char *postmaster;         /* -M: where <Postmaster> goes */
     const struct network *allowed;  /* -a, `allowed_count` of them */
     size_t allowed_count;
+    const char **domains;           /* -d: the only ones mail is taken for, `domain_count` of them; 0: all */
+    size_t domain_count;
+    long per_address;               /* -c: connections from one client address at once, 0 for any number */
     const union address *listening; /* what we accept connections on */
     size_t listening_count;
     struct nameservers nameservers; /* -n, or those of resolv.conf */

@@ -108,7 +108,7 @@ def test_a_name_is_one_word(client, verb, name, taken):
         "eTrN example.net")),
     *((line, UNKNOWN) for line in (
         "", "FOO", "HELOO me.com", "HEL me.com", "MAILFROM:<a@example.org>", "NOOP:", ".", "-", " NOOP",
-        "XCLIENT ADDR=192.0.2.1", "GET / HTTP/1.1")),
+        "XCLIENT ADDR=192.0.2.1")),
     ("NOOP", OK), ("NOOP whatever", OK), ("RSET", OK), ("RSET now", "501 5.5.4 Syntax: RSET"),
     ("QUIT now", "501 5.5.4 Syntax: QUIT")])
 def test_commands_that_need_no_helo(client, line, reply):
@@ -583,23 +583,20 @@ def test_silence_ends_a_session_in_every_state(relay):
 
 
 def test_who_says_anything_is_not_silent(relay):
-    """Any octet counts, in a command as in a message."""
+    """Any line counts, and any octet of a message."""
     server = relay("-t", 2)
-    speaker, typist, sender = (server.client() for _ in range(3))
+    speaker, sender = (server.client() for _ in range(2))
     speaker.say("HELO me.com")
     sender.send(TRANSACTION[:-3])
     assert [sender.reply()[:3] for _ in range(4)] == ["250", "250", "250", "354"]
     begun = time.monotonic()
 
     def talk():
-        typist.send(b"x")
-        sender.send(b"\r\n")
+        sender.send(b"x")
         assert speaker.say("NOOP") == OK
         return time.monotonic() - begun > 3
     wait_for(talk)
-    sender.send(b".\r\n")
+    sender.send(b"\r\n.\r\n")
     assert sender.reply().startswith("250 2.0.0 Ok: queued as ")
-    typist.send(b"\r\n")
-    assert typist.reply() == UNKNOWN
-    for client in (speaker, typist, sender):
+    for client in (speaker, sender):
         client.close()

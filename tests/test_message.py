@@ -254,8 +254,8 @@ def sized(size):
 @pytest.mark.parametrize("excess, reply", [(0, QUEUED), (1, TOO_BIG), (2, TOO_BIG), (100000, TOO_BIG)])
 def test_size_limit_is_exact(relay, limit, excess, reply):
     server = relay("-m", limit)
-    with server.client() as client, server.client() as pacer:
-        for content in sized(limit + excess):
+    for content in sized(limit + excess):
+        with server.client() as client, server.client() as pacer:
             for cut in (0, 1, limit - 1, len(content) - 1, len(content), len(content) + 1):
                 begin(client)
                 send_pieces(client, pacer, cut_at(cut)(content + b".\r\n"))
