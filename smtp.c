@@ -347,6 +347,7 @@ struct child {
 static struct child *children;
 static size_t child_count;
 static int due_pipe[2];     /* [0]: ids that are due come in; [1]: the writers' end */
+static int leave_pipe[2];   /* the same for clients that leave a divided server */
 static int spool_lock;
 static int listeners[LISTENERS];
 static size_t listener_count;
@@ -372,6 +373,7 @@ static void forget_server(void)
 {
     close_listeners();
     close_fd(&due_pipe[0]);
+    close_fd(&leave_pipe[0]);
     close_fd(&spool_lock);
     child_count = 0;
 }
@@ -382,6 +384,7 @@ static void forget_all(void)
 {
     forget_sessions();
     forget_server();
+    close_fd(&leave_pipe[1]);
 }
 
 /* Gives signals their common meaning again, for a child.  SIGHUP and SIGUSR1
@@ -704,6 +707,90 @@ static bool is_allowed(const union address *peer)
         if (in_network(peer, &settings.allowed[i]))
             return true;
     return false;
+}
+
+/*
+ * How many connections a client has at once is counted over all processes that
+ * have some of its: the server knows its own sessions, and keeps a list of those
+ * that divided servers took along.  These write who leaves them to the leave pipe.
+ */
+struct guest {
+    unsigned char address[16];  /* an IPv4 address as RFC 4291 2.5.5.2 maps it */
+    pid_t server;               /* the divided server */
+    size_t count;
+};
+
+static struct guest *guests;
+static size_t guest_count;
+
+static struct guest make_guest(const union address *peer, pid_t server)
+{
+    struct guest g = { { 0 }, server, 1 };
+    size_t size;
+    const unsigned char *octets = address_octets(peer, &size);
+
+    if (size == 4)
+        memset(g.address + 10, 0xFF, 2);
+    memcpy(g.address + 16 - size, octets, size);
+    return g;
+}
+
+static void add_guest(const struct guest *g)
+{
+    struct guest *more;
+
+    for (size_t i = guest_count; i-- > 0 && guests[i].server == g->server; )
+        if (memcmp(guests[i].address, g->address, sizeof g->address) == 0) {
+            guests[i].count++;
+            return;
+        }
+    more = realloc(guests, (guest_count + 1) * sizeof *guests);
+    if (more == NULL)
+        return;                 /* it has one connection to our credit */
+    guests = more;
+    guests[guest_count++] = *g;
+}
+
+/* Takes note of those who have left a divided server. */
+static void take_leaves(void)
+{
+    struct guest left[64];      /* written one by one, each whole */
+    ssize_t n = read(leave_pipe[0], left, sizeof left);
+
+    for (const struct guest *g = left; n > 0; g++, n -= (ssize_t)sizeof *g)
+        for (size_t i = 0; i < guest_count; i++)
+            if (guests[i].server == g->server && memcmp(guests[i].address, g->address, sizeof g->address) == 0) {
+                if (--guests[i].count == 0)
+                    guests[i] = guests[--guest_count];
+                break;
+            }
+}
+
+/* A divided server has ended, and with it all its sessions. */
+static void forget_guests(pid_t server)
+{
+    size_t left = 0;
+
+    for (size_t i = 0; i < guest_count; i++)
+        if (guests[i].server != server)
+            guests[left++] = guests[i];
+    guest_count = left;
+}
+
+static size_t count_connections(const union address *peer)
+{
+    const struct guest wanted = make_guest(peer, 0);
+    size_t count = 0;
+
+    for (size_t i = 0; i < session_count; i++) {
+        const struct guest g = make_guest(&sessions[i]->peer, 0);
+
+        count += memcmp(g.address, wanted.address, sizeof g.address) == 0;
+    }
+    for (size_t i = 0; i < guest_count; i++)
+        if (memcmp(guests[i].address, wanted.address, sizeof wanted.address) == 0)
+            count += guests[i].count;
+    return count;
 }
 
 /* Is mail taken for this domain? */
@@ -1207,14 +1294,15 @@ static void fill(fd_set *readable, fd_set *writable, int *top, int64_t *until)
     FD_ZERO(writable);
     *top = -1;
     *until = INT64_MAX;
+    overflowed = overflowed || waiting_count == WAITING_LIMIT;
+    if (!divided) {
+        FD_SET(leave_pipe[0], readable);
+        if (waiting_count < WAITING_LIMIT)
+            FD_SET(due_pipe[0], readable);
+        *top = due_pipe[0] > leave_pipe[0] ? due_pipe[0] : leave_pipe[0];
+    }
     for (size_t i = 0; i < session_count; i++)
         fill_session(sessions[i], readable, writable, top, until);
-    overflowed = overflowed || waiting_count == WAITING_LIMIT;
-    if (!divided && waiting_count < WAITING_LIMIT) {
-        FD_SET(due_pipe[0], readable);
-        if (due_pipe[0] > *top)
-            *top = due_pipe[0];
-    }
     if (!divided && !got_term && find_child(FINDS) < 0 && runner_from < *until)
         *until = runner_from;
     if (rest_until > clock_ms()) {
@@ -1325,37 +1413,54 @@ static void serve_session(struct session *s, const fd_set *readable, const fd_se
     }
 }
 
+/* A client that gets no session is told why, if it takes so much at once. */
+static void turn_away(int fd, const union address *peer, const char *format, ...)
+{
+    char refusal[512], text[ADDRESS_TEXT];
+    va_list arguments;
+
+    va_start(arguments, format);
+    vsnprintf(refusal, sizeof refusal - 2, format, arguments);
+    va_end(arguments);
+    logmsg("%s:%u refused: %s", address_text(peer, text), address_port(peer), refusal);
+    strcat(refusal, "\r\n");
+    if (write(fd, refusal, strlen(refusal)) < 0)
+        logmsg("%s:%u did not wait for it", text, address_port(peer));
+    close(fd);
+}
+
 /* A new client: a session, or a refusal. */
-static void welcome(int fd, union address *peer)
+static void welcome(int fd, union address peer)
 {
     static const struct session fresh = { .pipe = -1 };
-    char text[ADDRESS_TEXT], refusal[256];
-    struct session *s = malloc(sizeof *s);
+    char text[ADDRESS_TEXT];
+    struct session *s;
 
+    fcntl(fd, F_SETFL, O_NONBLOCK);
+    address_unmap(&peer);       /* an IPv4 client of an IPv6 socket is an IPv4 client */
+    address_text(&peer, text);
+    if (!is_allowed(&peer)) {
+        turn_away(fd, &peer, "554 5.7.1 %s may not relay here: start smtp with -a %s to allow it", text, text);
+        return;
+    }
+    if (settings.per_address > 0 && count_connections(&peer) >= (size_t)settings.per_address) {
+        turn_away(fd, &peer, "421 4.7.0 %s Error: too many connections from %s, %ld are allowed at once (smtp -c)",
+            settings.hostname, text, settings.per_address);
+        return;
+    }
+    s = malloc(sizeof *s);
     if (s == NULL) {
-        close(fd);
+        turn_away(fd, &peer, "421 4.3.0 %s Error: out of memory, try again later", settings.hostname);
         return;
     }
     *s = fresh;
     s->fd = fd;
-    s->peer = *peer;
-    address_unmap(&s->peer);      /* an IPv4 client of an IPv6 socket is an IPv4 client */
-    s->port = address_port(peer);
+    s->peer = peer;
+    s->port = address_port(&peer);
     renew(s);
-    fcntl(fd, F_SETFL, O_NONBLOCK);
-    address_text(&s->peer, text);
-    if (is_allowed(&s->peer)) {
-        sessions[session_count++] = s;
-        reply(s, "220 %s ESMTP smtp " VERSION, settings.hostname);
-        flush(s);
-        return;
-    }
-    snprintf(refusal, sizeof refusal, "554 5.7.1 %s may not relay here: start smtp with -a %s to allow it\r\n", text, text);
-    logmsg("%s:%u refused: %.*s", text, s->port, (int)strlen(refusal) - 2, refusal);
-    if (write(fd, refusal, strlen(refusal)) < 0)
-        logmsg("%s:%u did not wait for it", text, s->port);
-    close(fd);
-    free(s);
+    sessions[session_count++] = s;
+    reply(s, "220 %s ESMTP smtp " VERSION, settings.hostname);
+    flush(s);
 }
 
 /* The table is full: a child takes all clients over, and this process, which
@@ -1366,11 +1471,16 @@ static void divide(void)
 
     if (pid > 0) {
         logmsg("table full: process %ld serves %lu clients on", (long)pid, (unsigned long)session_count);
+        for (size_t i = 0; i < session_count; i++) {
+            const struct guest g = make_guest(&sessions[i]->peer, pid);
+
+            add_guest(&g);
+        }
         forget_sessions();
     } else if (pid == 0) {
         divided = true;
         forget_server();
-        waiting_count = 0;
+        waiting_count = guest_count = 0;
     }
 }
 
@@ -1400,7 +1510,7 @@ static void accept_clients(int listener)
         }
         if (fd < 0)
             return;
-        welcome(fd, &peer);
+        welcome(fd, peer);
     }
 }
 
@@ -1413,6 +1523,8 @@ static void serve(const fd_set *readable, const fd_set *writable)
         serve_session(sessions[i], readable, writable);
     if (!divided && FD_ISSET(due_pipe[0], readable))
         take_due();
+    if (!divided && FD_ISSET(leave_pipe[0], readable))
+        take_leaves();
     for (size_t i = 0; i < listener_count; i++)
         if (FD_ISSET(listeners[i], readable))
             accept_clients(listeners[i]);
@@ -1439,6 +1551,8 @@ static void reap_children(void)
             judge_lane(children[i].lane, false);
         if (children[i].role == FINDS)
             runner_from = clock_ms() + REST;    /* if it cannot live, it is not to die in a loop */
+        if (children[i].role == SERVES)
+            forget_guests(pid);
         children[i] = children[--child_count];
     }
 }
@@ -1466,6 +1580,13 @@ static void reap_sessions(void)
         if (s->phase != GONE) {
             sessions[left++] = s;
             continue;
+        }
+        if (divided) {
+            const struct guest g = make_guest(&s->peer, getpid());
+
+            /* Where the pipe is full, it counts until this process ends. */
+            if (write(leave_pipe[1], &g, sizeof g) < 0)
+                logmsg("a client that left is still counted");
         }
         reset(s);
         forget_session(s);
@@ -1872,6 +1993,15 @@ static void settle_descriptors(void)
         close(fd);
 }
 
+/* A pipe from children to us, where nobody ever waits. */
+static void open_pipe(int ends[2])
+{
+    if (pipe(ends) != 0)
+        die("cannot make a pipe");
+    fcntl(ends[0], F_SETFL, O_NONBLOCK);
+    fcntl(ends[1], F_SETFL, O_NONBLOCK);
+}
+
 static void log_listening(void)
 {
     for (size_t i = 0; i < settings.listening_count; i++) {
@@ -1916,10 +2046,8 @@ int main(int argc, char **argv)
         drop_root(user);
     spool_lock = spool_take();
     size_table();
-    if (pipe(due_pipe) != 0)
-        die("cannot make a pipe");
-    fcntl(due_pipe[0], F_SETFL, O_NONBLOCK);
-    fcntl(due_pipe[1], F_SETFL, O_NONBLOCK);
+    open_pipe(due_pipe);
+    open_pipe(leave_pipe);
     open = catch_signals();
     log_listening();
     run(&open);
