@@ -39,7 +39,9 @@ enum {
     ROUNDS = 3,             /* how often each server is asked ... */
     FIRST_WAIT = 2000,      /* ... and how many ms it has, doubled every round */
     TCP_WAIT = 5000,
-    CHAIN_LIMIT = 8         /* CNAMEs in a row; RFC 1034 3.6.2 wants none */
+    CALL_LIMIT = 60000,     /* ms for all queries of a call, whatever the servers say */
+    CHAIN_LIMIT = 8,        /* CNAMEs in a row; RFC 1034 3.6.2 wants none */
+    POINTER_LIMIT = 127     /* compression pointers in a name: it has no more labels */
 };
 
 /* ==== Addresses ========================================================== */
@@ -265,10 +267,11 @@ static unsigned long get(struct cursor *c, size_t octets)
 }
 
 /* A name, with its compression (RFC 1035 4.1.4) undone.  A pointer has to lead
- * to before the place where the piece it stands in began: so there is an end. */
+ * to before the place where the piece it stands in began, so there is an end;
+ * and there are not many of them, so that it comes soon. */
 static void get_name(struct cursor *c, char name[DNS_NAME_SIZE])
 {
-    size_t used = 0, start = c->at, behind = 0;
+    size_t used = 0, start = c->at, behind = 0, pointers = 0;
 
     name[0] = '\0';
     for (;;) {
@@ -276,7 +279,7 @@ static void get_name(struct cursor *c, char name[DNS_NAME_SIZE])
 
         if (length >= 0xC0) {
             size_t target = (length & 0x3F) << 8 | get(c, 1);
-            if (target >= start)
+            if (target >= start || ++pointers > POINTER_LIMIT)
                 c->bad = true;
             if (behind == 0)
                 behind = c->at;
@@ -359,9 +362,11 @@ struct flight {
     unsigned broken;            /* servers that said they cannot, a bit for each */
     unsigned links;             /* CNAMEs followed */
     bool edns;                  /* asked with an OPT record */
+    bool heard;                 /* its answer has a record of the name asked for */
     bool spoiled;               /* a record of its answer was malformed */
     bool done;
-    int64_t deadline;
+    int64_t deadline;           /* of the server that is asked */
+    int64_t end;                /* of the call */
 };
 
 enum verdict {
@@ -431,6 +436,7 @@ static void scan_answers(struct flight *f, struct cursor *c, unsigned long answe
         if (class == 1 && strcasecmp(owner, f->name) == 0) {
             struct cursor data = *c;
 
+            f->heard = true;
             if (type == (unsigned long)f->query->type && !take_record(f->query, &data, size))
                 f->spoiled = true;
             else if (type == DNS_CNAME)
@@ -451,7 +457,7 @@ static enum verdict read_records(struct flight *f, const struct cursor *c, unsig
         struct cursor pass = *c;
 
         f->query->count = 0;
-        f->spoiled = false;
+        f->heard = f->spoiled = false;
         scan_answers(f, &pass, answers, target);
         /* One bad record spoils only itself, unless it is all there is. */
         if (pass.bad || (f->spoiled && f->query->count == 0)) {
@@ -475,6 +481,8 @@ static enum verdict read_records(struct flight *f, const struct cursor *c, unsig
     }
     if (moved && !nxdomain)
         return RENAMED;
+    if (!moved && answers > 0 && !f->heard)
+        return NOT_OURS;        /* records, and none of them is about what we asked */
     f->query->status = nxdomain ? DNS_NXDOMAIN : DNS_NODATA;
     return FINISHED;
 }
@@ -559,6 +567,8 @@ static void send_query(struct flight *f, const struct nameservers *servers)
         return;
     }
     f->deadline = clock_ms() + ((int64_t)FIRST_WAIT << f->tries / servers->count);
+    if (f->deadline > f->end)
+        f->deadline = f->end;
     f->fd = socket_open(server, SOCK_DGRAM);
     if (f->fd >= 0) {
         bind_random_port(f->fd, server);
@@ -574,7 +584,7 @@ static void send_query(struct flight *f, const struct nameservers *servers)
 static void try_next(struct flight *f, const struct nameservers *servers)
 {
     f->tries++;
-    if (f->tries >= servers->count * ROUNDS || f->broken == (1u << servers->count) - 1)
+    if (f->tries >= servers->count * ROUNDS || f->broken == (1u << servers->count) - 1 || clock_ms() >= f->end)
         finish(f, DNS_FAILED);
     else
         send_query(f, servers);
@@ -605,7 +615,7 @@ static bool transfer(int fd, bool writing, unsigned char *bytes, size_t size, in
 static size_t ask_over_tcp(const struct flight *f, const union address *server, unsigned char answer[ANSWER_SIZE])
 {
     unsigned char query[2 + QUERY_SIZE], length[2];
-    int64_t deadline = clock_ms() + TCP_WAIT;
+    int64_t deadline = clock_ms() + TCP_WAIT < f->end ? clock_ms() + TCP_WAIT : f->end;
     size_t size = put_query(query + 2, f->id, f->name, f->query->type, f->edns);
     int fd = socket_open(server, SOCK_STREAM);
     bool ok;
@@ -693,7 +703,7 @@ static bool serve_flights(struct flight *flights, size_t count, const struct nam
             continue;
         if (f->fd >= 0 && FD_ISSET(f->fd, &set))
             receive(f, servers);
-        else if (now >= f->deadline)
+        if (!f->done && now >= f->deadline)     /* whoever floods us with forgeries gains no time by it */
             try_next(f, servers);
     }
     return true;
@@ -702,6 +712,7 @@ static bool serve_flights(struct flight *flights, size_t count, const struct nam
 void dns_ask(const struct nameservers *servers, struct dns_query *queries, size_t count)
 {
     struct flight flights[DNS_QUERIES];
+    int64_t end = clock_ms() + CALL_LIMIT;
 
     if (count > DNS_QUERIES)
         count = DNS_QUERIES;
@@ -714,6 +725,7 @@ void dns_ask(const struct nameservers *servers, struct dns_query *queries, size_
         f->query->why = "no answer from the name servers";
         f->fd = -1;
         f->edns = true;
+        f->end = end;
         if (strlen(f->query->name) > NAME_LIMIT) {
             finish(f, DNS_NXDOMAIN);    /* longer than any name there is */
         } else {

@@ -77,7 +77,8 @@ enum {
     SPOOL_LINE = 8192,          /* the longest line the spool has above and below a body */
     STALE = 3600,               /* seconds, beside -t, after which nobody writes to a draft any more */
     RETRY_LIMIT = 3600,         /* seconds between tries at most */
-    TRY_LIMIT = 3 * 3600,       /* seconds a try may take; after twice as many the process is killed */
+    TRY_LIMIT = 3 * 3600,       /* seconds a try may take ... */
+    TRY_STEPS = 20,             /* ... or this many times -w: to connect to ten exchangers and to be greeted */
     NAP_LIMIT = 60,             /* seconds between two looks through the queue at most */
     EXCHANGER_LIMIT = 10,       /* names tried for a domain ... */
     ADDRESS_LIMIT = 20,         /* ... and addresses of theirs */
@@ -1028,6 +1029,11 @@ static const struct {
     { "DATA", 120 }, { "the message", 180 }, { "the final dot", 600 }, { "QUIT", 10 }
 };
 
+long try_limit(void)
+{
+    return settings.wait > 0 && settings.wait < TRY_LIMIT / TRY_STEPS ? TRY_STEPS * settings.wait : TRY_LIMIT;
+}
+
 /* When this process has to be done with its try, by clock_ms(): then every step
  * is over, and what is left is for later.  Children have it from their parent. */
 static int64_t try_end;
@@ -1854,7 +1860,7 @@ static bool start_party(struct message *m, const struct party *p, off_t number, 
 
     if (pid != 0)
         return pid > 0;
-    alarm(2 * TRY_LIMIT);
+    alarm((unsigned)(2 * try_limit()));
     if (!lock_octets(m->fd, F_WRLCK, number, 1) || getppid() != parent)
         _exit(1);
     m->part = true;
@@ -1964,8 +1970,8 @@ static void forward(struct message *m)
     struct draft report = { .fd = -1 };
     bool reached;
 
-    try_end = clock_ms() + (int64_t)TRY_LIMIT * 1000;
-    alarm(2 * TRY_LIMIT);   /* if all else fails, the kernel makes an end of it */
+    try_end = clock_ms() + (int64_t)try_limit() * 1000;
+    alarm((unsigned)(2 * try_limit()));     /* the kernel keeps to it, even if the server is no more */
     reached = try_message(m, &report);
     message_free(m);
     if (report.fd >= 0 && message_read(m, report.fd, report.id)) {

@@ -342,6 +342,7 @@ struct child {
     pid_t pid;
     enum role role;
     uint32_t lane;
+    int64_t deadline;       /* by clock_ms(), when it is killed */
 };
 
 static struct child *children;
@@ -407,7 +408,7 @@ static void default_signals(void)
 static pid_t spawn(enum role role, uint32_t lane)
 {
     struct child *room = realloc(children, (child_count + 1) * sizeof *children);
-    struct child child = { -1, role, lane };
+    struct child child = { -1, role, lane, INT64_MAX };
 
     if (room != NULL) {
         children = room;
@@ -417,6 +418,8 @@ static pid_t spawn(enum role role, uint32_t lane)
         logmsg("no process can be made (%s): resting for a second", strerror(errno));
         rest_until = clock_ms() + REST;
     } else if (child.pid > 0) {
+        if (role == FORWARDS)
+            child.deadline = clock_ms() + 2000 * (int64_t)try_limit();
         children[child_count++] = child;
     }
     return child.pid;
@@ -428,6 +431,17 @@ static pid_t find_child(enum role role)
         if (children[i].role == role)
             return children[i].pid;
     return -1;
+}
+
+/* Whatever an exchanger or a name server does to it, a forwarder has an end. */
+static void kill_overdue(void)
+{
+    for (size_t i = 0; i < child_count; i++)
+        if (clock_ms() >= children[i].deadline) {
+            logmsg("process %ld killed: its try took longer than %ld seconds", (long)children[i].pid, 2 * try_limit());
+            kill(children[i].pid, SIGKILL);
+            children[i].deadline = INT64_MAX;
+        }
 }
 
 /* ==== Forwarding ========================================================= */
@@ -1305,6 +1319,9 @@ static void fill(fd_set *readable, fd_set *writable, int *top, int64_t *until)
         fill_session(sessions[i], readable, writable, top, until);
     if (!divided && !got_term && find_child(FINDS) < 0 && runner_from < *until)
         *until = runner_from;
+    for (size_t i = 0; i < child_count; i++)
+        if (children[i].deadline < *until)
+            *until = children[i].deadline;
     if (rest_until > clock_ms()) {
         if (rest_until < *until)
             *until = rest_until;
@@ -1617,6 +1634,7 @@ static void reap(void)
         got_child = 0;
         reap_children();
     }
+    kill_overdue();
     if (got_term)
         stop();
     reap_sessions();
@@ -2013,6 +2031,17 @@ static void log_listening(void)
     }
 }
 
+/* Asked for, so done, and yet nearly always a mistake. */
+static void warn_if_open(void)
+{
+    char text[ADDRESS_TEXT];
+
+    for (size_t i = 0; i < settings.allowed_count; i++)
+        if (settings.allowed[i].bits == 0)
+            logmsg("warning: -a %s/0 lets everybody relay: unless a firewall keeps them away, spammers will",
+                address_text(&settings.allowed[i].base, text));
+}
+
 int main(int argc, char **argv)
 {
     const char *user_name = NULL;
@@ -2049,6 +2078,7 @@ int main(int argc, char **argv)
     open_pipe(due_pipe);
     open_pipe(leave_pipe);
     open = catch_signals();
+    warn_if_open();
     log_listening();
     run(&open);
     return 0;

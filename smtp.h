@@ -148,6 +148,10 @@ const char *draft_refusal(int error);
 /* How a forwarder exits: the server counts on it to be fair (see smtp.c). */
 enum { FORWARD_DONE = 0, FORWARD_UNREACHABLE = 75 };
 
+/* Seconds that a try may take: then every step of it is over, and the rest is
+ * for later.  A forwarder that is there after twice as many is to be killed. */
+long try_limit(void);
+
 /* Forwarders that go to the same place share a lane: a hash of the domain, or 0
  * where all mail goes to the smarthost. */
 uint32_t lane_of(const char *domain);
@@ -224,8 +228,8 @@ struct dns_query {
 
 /* Asks all `count` (at most DNS_QUERIES) queries at once and returns when each
  * has its status: after milliseconds as a rule; where nobody answers, after 14
- * seconds for each server.  RFC 1035 over UDP, EDNS0 (RFC 6891); TCP, 5 seconds
- * for each query at most, where an answer is truncated. */
+ * seconds for each server; after a minute at most.  RFC 1035 over UDP, EDNS0
+ * (RFC 6891); TCP, 5 seconds for each query at most, where an answer is truncated. */
 void dns_ask(const struct nameservers *servers, struct dns_query *queries, size_t count);
 
 /* Reads the nameserver lines of a resolv.conf; 127.0.0.1 where there is none. */

@@ -261,10 +261,12 @@ class TestChains:
         assert look_up("www.example.net", "A") == FOUND
 
     def test_begins_at_the_question(self, dns, look_up):
-        dns.raw("www.example.net", type="A", answer=lambda query: answer(
-            query, record("else.example.net", "CNAME", encode_name("evil.example.net")),
-            a(EVIL, "evil.example.net")))
-        assert look_up("www.example.net", "A") == NO_RECORD
+        """An answer that tells only of others is no answer to us: the next may be."""
+        dns.raw("www.example.net", type="A", answer=lambda query: [
+            answer(query, record("else.example.net", "CNAME", encode_name("evil.example.net")),
+                   a(EVIL, "evil.example.net")),
+            answer(query, a())])
+        assert look_up("www.example.net", "A") == FOUND
 
     def test_malformed(self, dns, look_up):
         dns.raw("www.example.net", type="A", answer=lambda query: answer(
@@ -387,6 +389,7 @@ NOT_OURS = {
     "another id's failure": lambda query: header(query_id(query) ^ 0x8000, RESPONSE | SERVFAIL) + question(query),
     "another name": lambda query: answer(query, a(EVIL), asked=encode_name("evil.example.net") + b"\0\1\0\1"),
     "a longer name": lambda query: answer(query, a(EVIL), asked=encode_name("example.net.evil") + b"\0\1\0\1"),
+    "another owner": lambda query: answer(query, a(EVIL, "evil.example.net")),
     "another type": lambda query: answer(query, a(EVIL), asked=question(query)[:-4] + b"\0\x1c\0\1"),
     "another class": lambda query: answer(query, a(EVIL), asked=question(query)[:-2] + b"\0\3"),
     "a malformed question": lambda query: answer(query, a(EVIL), asked=b"\xc0\x0c\0\1\0\1"),

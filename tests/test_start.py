@@ -406,23 +406,24 @@ def many_descriptors():
     resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
-def test_more_clients_than_an_fd_set_holds(world, many_descriptors):
+def test_more_clients_than_an_fd_set_holds(world, relay, tmp_path, many_descriptors):
     """1,200 of them, each with a draft open besides, and every kind of place in the
     tables is tried."""
-    clients = [world.relay.client() for _ in range(1200)]
+    server = relay("-c", 0, mx_port=world.exchanger.port, spool=tmp_path / "other")
+    clients = [server.client() for _ in range(1200)]
     for client in clients:
         client.send(b"HELO me.com\r\nMAIL FROM:<a@example.org>\r\n")
     for client in clients:
         assert [client.reply()[:3], client.reply()] == ["250", "250 2.1.0 Ok"]
-    assert len(world.relay.tmp()) == 1200
+    assert len(server.tmp()) == 1200
     assert len({client.local_port for client in clients}) == 1200
     sample = clients[:3] + clients[490:505] + clients[700:1200:50] + clients[-3:]
     for client in sample:
         assert client.deliver("a@example.org", [f"b{client.local_port}@example.net"], "x").startswith(QUEUED)
     messages = world.exchanger.wait_for_messages(len(set(sample)))
     assert {m.recipients[0] for m in messages} == {f"<b{client.local_port}@example.net>" for client in sample}
-    clients.append(world.relay.client())
-    assert world.relay.process.poll() is None
+    clients.append(server.client())
+    assert server.process.poll() is None
     for client in clients:
         client.close()
 
