@@ -1722,11 +1722,13 @@ static void write_delivery_status(FILE *out, const struct message *m)
     date_text(date, MAIL_DATE, wall_clock());
     for (size_t i = 0; i < m->count; i++) {
         const struct recipient *r = &m->recipients[i];
-        size_t name = r->said != NULL ? strcspn(r->said, "[ ") : 0, relay = r->said != NULL ? strcspn(r->said, " ") : 0;
+        size_t name, relay;
         const char *words;
 
         if (!r->unrecorded || r->outcome != FAILED)
             continue;
+        name = strcspn(r->said, "[ ");
+        relay = strcspn(r->said, " ");
         words = r->said + relay + 1;
         find_status(words, status);
         fprintf(out, "\r\nFinal-Recipient: rfc822; %s\r\nAction: failed\r\nStatus: %s\r\n", r->address, status);
