@@ -107,17 +107,24 @@ const char *address_text(const union address *a, char text[ADDRESS_TEXT])
     return text;
 }
 
-void address_unmap(union address *a)
+void address_set(union address *a, const unsigned char *octets, size_t count, unsigned port)
 {
     union address plain;
 
-    if (a->sa.sa_family != AF_INET6 || !IN6_IS_ADDR_V4MAPPED(&a->in6.sin6_addr))
-        return;
     memset(&plain, 0, sizeof plain);
-    plain.in.sin_family = AF_INET;
-    plain.in.sin_port = a->in6.sin6_port;
-    memcpy(&plain.in.sin_addr, a->in6.sin6_addr.s6_addr + 12, 4);
+    plain.sa.sa_family = count == 4 ? AF_INET : AF_INET6;
+    if (count == 4)
+        memcpy(&plain.in.sin_addr, octets, count);
+    else
+        memcpy(plain.in6.sin6_addr.s6_addr, octets, count);
+    address_set_port(&plain, port);
     *a = plain;
+}
+
+void address_unmap(union address *a)
+{
+    if (a->sa.sa_family == AF_INET6 && IN6_IS_ADDR_V4MAPPED(&a->in6.sin6_addr))
+        address_set(a, a->in6.sin6_addr.s6_addr + 12, 4, address_port(a));
 }
 
 unsigned address_port(const union address *a)

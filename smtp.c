@@ -46,6 +46,8 @@ enum {
     INPUT_SIZE = 65536,     /* what one read takes */
     OUTPUT_LIMIT = 8192,    /* no further command is answered before so many octets are gone */
     LINE_HEAD = 16,         /* the first octets of a line, which tell what it is */
+    REFUSAL_SIZE = 512,     /* what a client that gets no session is told, with its NUL */
+    PROXY_LIMIT = 4096,     /* octets of a proxy's header */
     LOOP_LIMIT = 100,       /* Received: lines (RFC 5321 6.3) */
     ERROR_LIMIT = 20,       /* 5xx replies without a completed transaction between */
     IDLES = 12,             /* times -t that a client has to complete a transaction */
@@ -138,6 +140,7 @@ struct line next_line(const char *bytes, size_t size, bool lf)
 
 /* What is true in each phase. */
 enum phase {
+    PROXIED = -1,   /* a proxy has connected; in whose name, it has not said yet */
     CONNECTED,      /* 220 is sent; no HELO yet */
     READY,          /* HELO is given; no transaction */
     MAILED,         /* the reverse-path is in the draft */
@@ -715,10 +718,10 @@ static bool in_network(const union address *a, const struct network *n)
         && (rest == 0 || (x[whole] ^ y[whole]) >> (8 - rest) == 0);
 }
 
-static bool is_allowed(const union address *peer)
+static bool in_networks(const union address *a, const struct networks *networks)
 {
-    for (size_t i = 0; i < settings.allowed_count; i++)
-        if (in_network(peer, &settings.allowed[i]))
+    for (size_t i = 0; i < networks->count; i++)
+        if (in_network(a, &networks->list[i]))
             return true;
     return false;
 }
@@ -805,6 +808,86 @@ static size_t count_connections(const union address *peer)
         if (memcmp(guests[i].address, wanted.address, sizeof wanted.address) == 0)
             count += guests[i].count;
     return count;
+}
+
+/* May a client from there have a session?  If not, the reply to it is in
+ * `refusal`. */
+static bool may_enter(const union address *peer, char refusal[REFUSAL_SIZE])
+{
+    char text[ADDRESS_TEXT];
+
+    address_text(peer, text);
+    if (!in_networks(peer, &settings.allowed)) {
+        snprintf(refusal, REFUSAL_SIZE, "554 5.7.1 %s may not relay here: start smtp with -a %s to allow it",
+            text, text);
+        return false;
+    }
+    if (settings.per_address > 0 && count_connections(peer) >= (size_t)settings.per_address) {
+        snprintf(refusal, REFUSAL_SIZE, "421 4.7.0 %s Error: too many connections from %s, %ld are allowed at once"
+            " (smtp -c)", settings.hostname, text, settings.per_address);
+        return false;
+    }
+    return true;
+}
+
+/* It is known now who the client of a session is. */
+static void begin(struct session *s, const union address *peer, bool enters, const char *refusal)
+{
+    s->peer = *peer;
+    s->port = address_port(peer);
+    s->phase = CONNECTED;
+    if (enters) {
+        reply(s, "220 %s ESMTP smtp " VERSION, settings.hostname);
+    } else {
+        reply(s, "%s", refusal);
+        start_closing(s);
+    }
+}
+
+/* Reads a header of version 2 of HAProxy's PROXY protocol, and sets `peer` from
+ * it; not where the proxy speaks for itself (LOCAL), to see whether we live.
+ * Returns the header's size, 0 if it is not all there, and -1 if it is none. */
+static ssize_t read_proxy_header(const unsigned char *head, size_t size, union address *peer)
+{
+    static const char signature[] = "\r\n\r\n\0\r\nQUIT\n";
+    enum { SIGNATURE = sizeof signature - 1, HEAD = SIGNATURE + 4, LOCAL = 0x20, PROXY = 0x21, TCP4 = 0x11, TCP6 = 0x21 };
+    const unsigned char *body = head + HEAD;    /* source, destination, and the ports of both */
+    size_t length;
+
+    if (memcmp(head, signature, size < SIGNATURE ? size : SIGNATURE) != 0)
+        return -1;
+    if (size < HEAD)
+        return 0;
+    length = (size_t)head[HEAD - 2] << 8 | head[HEAD - 1];
+    if (length > PROXY_LIMIT)
+        return -1;
+    if (size < HEAD + length)
+        return 0;
+    if (head[SIGNATURE] == PROXY && head[SIGNATURE + 1] == TCP4 && length >= 12)
+        address_set(peer, body, 4, (unsigned)body[8] << 8 | body[9]);
+    else if (head[SIGNATURE] == PROXY && head[SIGNATURE + 1] == TCP6 && length >= 36)
+        address_set(peer, body, 16, (unsigned)body[32] << 8 | body[33]);
+    else if (head[SIGNATURE] != LOCAL)
+        return -1;
+    address_unmap(peer);
+    return HEAD + (ssize_t)length;
+}
+
+/* Consumes what a proxy says before its client may speak. */
+static size_t take_proxy_header(struct session *s, const char *bytes, size_t size)
+{
+    union address peer = s->peer;
+    char text[ADDRESS_TEXT], refusal[REFUSAL_SIZE];
+    ssize_t n = read_proxy_header((const unsigned char *)bytes, size, &peer);
+
+    if (n < 0) {
+        logmsg("%s:%u closed: a proxy has to begin with a TCP header of PROXY protocol version 2",
+            address_text(&s->peer, text), address_port(&s->peer));
+        s->phase = GONE;
+    } else if (n > 0) {
+        begin(s, &peer, may_enter(&peer, refusal), refusal);
+    }
+    return n < 0 ? size : (size_t)n;
 }
 
 /* Is mail taken for this domain? */
@@ -1366,7 +1449,8 @@ static void converse(struct session *s, const char *bytes, size_t size)
         return;
     }
     while (s->phase < STORING && used < size && n > 0 && !full) {
-        n = (s->phase == DATA ? take_message : take_command)(s, bytes + used, size - used);
+        n = (s->phase == DATA ? take_message : s->phase == PROXIED ? take_proxy_header : take_command)
+            (s, bytes + used, size - used);
         used += n;
         if (s->errors >= ERROR_LIMIT && s->phase < DATA) {
             reply(s, "421 4.7.0 %s Error: too many errors", settings.hostname);
@@ -1431,17 +1515,13 @@ static void serve_session(struct session *s, const fd_set *readable, const fd_se
 }
 
 /* A client that gets no session is told why, if it takes so much at once. */
-static void turn_away(int fd, const union address *peer, const char *format, ...)
+static void turn_away(int fd, const union address *peer, const char *refusal)
 {
-    char refusal[512], text[ADDRESS_TEXT];
-    va_list arguments;
+    char line[REFUSAL_SIZE + 2], text[ADDRESS_TEXT];
+    int size = snprintf(line, sizeof line, "%s\r\n", refusal);
 
-    va_start(arguments, format);
-    vsnprintf(refusal, sizeof refusal - 2, format, arguments);
-    va_end(arguments);
     logmsg("%s:%u refused: %s", address_text(peer, text), address_port(peer), refusal);
-    strcat(refusal, "\r\n");
-    if (write(fd, refusal, strlen(refusal)) < 0)
+    if (write(fd, line, (size_t)size) < 0)
         logmsg("%s:%u did not wait for it", text, address_port(peer));
     close(fd);
 }
@@ -1449,34 +1529,27 @@ static void turn_away(int fd, const union address *peer, const char *format, ...
 /* A new client: a session, or a refusal. */
 static void welcome(int fd, union address peer)
 {
-    static const struct session fresh = { .pipe = -1 };
-    char text[ADDRESS_TEXT];
-    struct session *s;
+    static const struct session fresh = { .pipe = -1, .phase = PROXIED };
+    char refusal[REFUSAL_SIZE] = "421 4.3.0 Error: out of memory, try again later";
+    struct session *s = NULL;
+    bool proxy;
 
     fcntl(fd, F_SETFL, O_NONBLOCK);
     address_unmap(&peer);       /* an IPv4 client of an IPv6 socket is an IPv4 client */
-    address_text(&peer, text);
-    if (!is_allowed(&peer)) {
-        turn_away(fd, &peer, "554 5.7.1 %s may not relay here: start smtp with -a %s to allow it", text, text);
-        return;
-    }
-    if (settings.per_address > 0 && count_connections(&peer) >= (size_t)settings.per_address) {
-        turn_away(fd, &peer, "421 4.7.0 %s Error: too many connections from %s, %ld are allowed at once (smtp -c)",
-            settings.hostname, text, settings.per_address);
-        return;
-    }
-    s = malloc(sizeof *s);
+    proxy = in_networks(&peer, &settings.proxies);
+    if (proxy || may_enter(&peer, refusal))
+        s = malloc(sizeof *s);
     if (s == NULL) {
-        turn_away(fd, &peer, "421 4.3.0 %s Error: out of memory, try again later", settings.hostname);
+        turn_away(fd, &peer, refusal);
         return;
     }
     *s = fresh;
     s->fd = fd;
     s->peer = peer;
-    s->port = address_port(&peer);
     renew(s);
     sessions[session_count++] = s;
-    reply(s, "220 %s ESMTP smtp " VERSION, settings.hostname);
+    if (!proxy)
+        begin(s, &peer, true, NULL);
     flush(s);
 }
 
@@ -1717,8 +1790,10 @@ static const char usage_text[] =
     "  -s host[:port] send all mail to this smarthost\n"
     "  -t seconds     silence after which a client is dropped (300)\n"
     "  -u user        as root, become this user (smtp, or nobody)\n"
+    "  -V             print the version\n"
     "  -v             log both dialogues, line by line\n"
-    "  -w seconds     longest wait for an exchanger (RFC 5321's times)\n";
+    "  -w seconds     longest wait for an exchanger (RFC 5321's times)\n"
+    "  -X network     proxies that name their clients (PROXY protocol, version 2)\n";
 
 /* One line that says what is wrong on the command line. */
 static void misused(const char *format, ...)
@@ -1737,6 +1812,12 @@ static void usage(void)
     exit(2);
 }
 
+static void version(void)
+{
+    puts("smtp " VERSION);
+    exit(fflush(stdout) == 0 ? 0 : 1);
+}
+
 static unsigned long long number(int option, const char *text, unsigned long long least, unsigned long long most)
 {
     char *end;
@@ -1747,7 +1828,7 @@ static unsigned long long number(int option, const char *text, unsigned long lon
     return value;
 }
 
-static struct network network_parse(const char *text)
+static struct network network_parse(int option, const char *text)
 {
     struct network n;
     char host[ADDRESS_TEXT];
@@ -1757,27 +1838,25 @@ static struct network network_parse(const char *text)
 
     snprintf(host, sizeof host, "%.*s", (int)length, text);
     if (length >= sizeof host || !address_parse(host, 0, &n.base))
-        misused("-a %s: not a network such as 192.0.2.0/24 or 2001:db8::/32", text);
+        misused("-%c %s: not a network such as 192.0.2.0/24 or 2001:db8::/32", option, text);
     address_unmap(&n.base);
     most = n.base.sa.sa_family == AF_INET6 ? 128 : 32;
-    n.bits = slash != NULL ? (unsigned)number('a', slash + 1, 0, most) : most;
+    n.bits = slash != NULL ? (unsigned)number(option, slash + 1, 0, most) : most;
     for (unsigned i = n.bits; i < most; i++) {      /* 10.1.2.3/8: which network is meant? */
         if (address_octets(&n.base, &length)[i / 8] >> (7 - i % 8) & 1)
-            misused("-a %s: the address has bits behind the first %u", text, n.bits);
+            misused("-%c %s: the address has bits behind the first %u", option, text, n.bits);
     }
     return n;
 }
 
-static void allow(const char *text)
+static void add_network(struct networks *networks, int option, const char *text)
 {
-    static struct network *networks;
-    struct network *more = realloc(networks, (settings.allowed_count + 1) * sizeof *networks);
+    struct network *more = realloc(networks->list, (networks->count + 1) * sizeof *more);
 
     if (more == NULL)
         die("no memory");
-    networks = more;
-    networks[settings.allowed_count++] = network_parse(text);
-    settings.allowed = networks;
+    networks->list = more;
+    networks->list[networks->count++] = network_parse(option, text);
 }
 
 static void add_domain(const char *text)
@@ -1962,9 +2041,9 @@ static void read_options(int argc, char **argv, unsigned *port, const char **use
     int option;
 
     opterr = 0;
-    while ((option = getopt(argc, argv, ":a:c:d:e:h:j:lM:m:n:P:p:q:r:s:t:u:vw:")) != -1)
+    while ((option = getopt(argc, argv, ":a:c:d:e:h:j:lM:m:n:P:p:q:r:s:t:u:Vvw:X:")) != -1)
         switch (option) {
-        case 'a': allow(optarg); break;
+        case 'a': add_network(&settings.allowed, option, optarg); break;
         case 'c': settings.per_address = (long)number(option, optarg, 0, LONG_MAX); break;
         case 'd': add_domain(optarg); break;
         case 'e': settings.expire = (long)number(option, optarg, 1, LONG_MAX / 1000); break;
@@ -1981,8 +2060,10 @@ static void read_options(int argc, char **argv, unsigned *port, const char **use
         case 's': smarthost = optarg; break;
         case 't': settings.idle = (long)number(option, optarg, 1, 86400); break;
         case 'u': *user = optarg; break;
+        case 'V': version(); break;
         case 'v': settings.verbose = true; break;
         case 'w': settings.wait = (long)number(option, optarg, 1, 86400); break;
+        case 'X': add_network(&settings.proxies, option, optarg); break;
         case ':':
             if (optopt == 'h')      /* who says smtp -h wants help */
                 usage();
@@ -2036,10 +2117,14 @@ static void warn_if_open(void)
 {
     char text[ADDRESS_TEXT];
 
-    for (size_t i = 0; i < settings.allowed_count; i++)
-        if (settings.allowed[i].bits == 0)
+    for (size_t i = 0; i < settings.allowed.count; i++)
+        if (settings.allowed.list[i].bits == 0)
             logmsg("warning: -a %s/0 lets everybody relay: unless a firewall keeps them away, spammers will",
-                address_text(&settings.allowed[i].base, text));
+                address_text(&settings.allowed.list[i].base, text));
+    for (size_t i = 0; i < settings.proxies.count; i++)
+        if (settings.proxies.list[i].bits == 0)
+            logmsg("warning: -X %s/0 lets everybody say that it is somebody else: name the proxy's own address",
+                address_text(&settings.proxies.list[i].base, text));
 }
 
 int main(int argc, char **argv)
@@ -2052,8 +2137,8 @@ int main(int argc, char **argv)
 
     settle_descriptors();
     umask(077);
-    allow("127.0.0.0/8");
-    allow("::1");
+    add_network(&settings.allowed, 'a', "127.0.0.0/8");
+    add_network(&settings.allowed, 'a', "::1");
     read_options(argc, argv, &port, &user_name, &list);
     if (list)
         return list_queue();

@@ -50,9 +50,14 @@ union address {
     struct sockaddr_in6 in6;
 };
 
-struct network {            /* clients that may relay: -a */
+struct network {
     union address base;
     unsigned bits;          /* how many leading bits count */
+};
+
+struct networks {
+    struct network *list;   /* `count` of them */
+    size_t count;
 };
 
 enum { NAMESERVERS = 3 };
@@ -66,8 +71,8 @@ struct settings {
     const char *hostname;           /* -h: what we call ourselves */
     const char *spool;              /* -q: absolute path of the spool */
     const char *postmaster;         /* -M: where <Postmaster> goes */
-    const struct network *allowed;  /* -a, `allowed_count` of them */
-    size_t allowed_count;
+    struct networks allowed;        /* -a: clients that may relay */
+    struct networks proxies;        /* -X: who tells us in whose name it connects */
     const char **domains;           /* -d: the only ones mail is taken for, `domain_count` of them; 0: all */
     size_t domain_count;
     long per_address;               /* -c: connections from one client address at once, 0 for any number */
@@ -246,6 +251,9 @@ const char *address_text(const union address *a, char text[ADDRESS_TEXT]);
 
 /* The octets of the address, 4 or 16 of them, most significant first. */
 const unsigned char *address_octets(const union address *a, size_t *count);
+
+/* Sets `a` from the 4 or 16 octets of an address. */
+void address_set(union address *a, const unsigned char *octets, size_t count, unsigned port);
 
 /* Makes an IPv4 address out of one that is written as IPv6, ::ffff:192.0.2.1. */
 void address_unmap(union address *a);
