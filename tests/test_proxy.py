@@ -24,14 +24,17 @@ def header(source, port=4711, command=PROXY, family=None, extra=b""):
 def behind(relay):
     """behind(b"...") is a Client that begins so, of a relay behind a proxy on 127.0.0.1."""
     server = relay("-X", "127.0.0.1", "-a", "192.0.2.0/24", "-a", "2001:db8::/32", "-c", 2)
+    clients = []
 
     def connect(*pieces):
-        client = server.client(greeting=False)
+        clients.append(server.client(greeting=False))
         for piece in pieces:
-            client.send(piece)
-        return client
+            clients[-1].send(piece)
+        return clients[-1]
     connect.server = server
-    return connect
+    yield connect
+    for client in clients:
+        client.close()
 
 
 @pytest.mark.parametrize("source", ["192.0.2.1", "2001:db8::1", "::ffff:192.0.2.1"])
