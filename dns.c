@@ -286,11 +286,12 @@ static void get_name(struct cursor *c, char name[DNS_NAME_SIZE])
 
         if (length >= 0xC0) {
             size_t target = (length & 0x3F) << 8 | get(c, 1);
-            if (target >= start || ++pointers > POINTER_LIMIT)
-                c->bad = true;
             if (behind == 0)
                 behind = c->at;
-            start = c->at = target;
+            if (target >= start || ++pointers > POINTER_LIMIT)
+                c->bad = true;
+            else
+                start = c->at = target;
         } else if (length > LABEL_LIMIT || length > c->size - c->at
             || (length > 0 && used + (used > 0) + length > NAME_LIMIT)) {
             c->bad = true;

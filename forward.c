@@ -754,13 +754,21 @@ static bool remove_message(struct message *m)
     return m->gone;
 }
 
-/* Does the file end within a line?  A crash or a full disk has cut it off. */
-static bool is_torn(int fd)
+/* What is missing to the file's last line, which a crash or a full disk has cut
+ * off: nothing, as a rule. */
+static const char *missing_end(int fd)
 {
     struct stat st;
     char last;
 
-    return fstat(fd, &st) == 0 && pread(fd, &last, 1, st.st_size - 1) == 1 && last != '\n';
+    if (fstat(fd, &st) != 0 || pread(fd, &last, 1, st.st_size - 1) != 1 || last == '\n')
+        return "";
+    return last == '\r' ? "\n" : "\r\n";
+}
+
+static bool is_torn(int fd)
+{
+    return *missing_end(fd) != '\0';
 }
 
 /* Writes the outcomes below the dot, in one write and synced.  When nobody is
@@ -778,7 +786,9 @@ static bool write_outcomes(struct message *m, enum outcome outcome)
     }
     text = outcome_lines(m, outcome, &size);
     if (size > 0) {     /* a torn line, of ours or of another party, is ended, so that it tears no other */
-        ok = (!is_torn(m->fd) || write(m->fd, "\r\n", 2) == 2)
+        const char *end = missing_end(m->fd);
+
+        ok = (*end == '\0' || write(m->fd, end, strlen(end)) == (ssize_t)strlen(end))
             && write(m->fd, text, size) == (ssize_t)size && fsync(m->fd) == 0;
         set_due(m);
     }
