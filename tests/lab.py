@@ -643,7 +643,7 @@ class Relay:
     The spool is made by the program itself; its parent has to exist.
     """
 
-    SANITIZER = re.compile("AddressSanitizer|LeakSanitizer|runtime error:")
+    SANITIZER = re.compile("AddressSanitizer|LeakSanitizer|runtime error:|^==[0-9]+== ")     # the last is valgrind's
 
     def __init__(self, *options, spool, dns=None, mx_port=None, addresses=("127.0.0.1",), binary=BINARY):
         self.spool = Path(spool)
