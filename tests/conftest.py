@@ -1,5 +1,7 @@
 """What the tests are given: the lab's parts, put together and cleaned up again."""
 import contextlib
+import resource
+import shlex
 import shutil
 import signal
 import socket
@@ -51,11 +53,25 @@ def relay(spool, dns):
     with contextlib.ExitStack() as stack:
         def make(*options, **settings):
             made = lab.Relay(*options, **{"spool": spool, "dns": dns, **settings})
+            make.made.append(made)
             # Called in reverse order; pytest shows the log of a test that failed.
             stack.callback(lambda: print(*made.log, sep="\n"))
             stack.callback(made.stop)
             return made
+        make.made = []
         yield make
+
+
+@pytest.fixture
+def unharmed(request, relay):
+    """For a test that attacks: when it is over, each of its relays still runs, has
+    forgotten the attack and is at work (see Relay.expect_unharmed()).  The value is
+    the domain that mail is sent to then."""
+    host = lab.loopback()
+    shared = [request.getfixturevalue("server")] if "server" in request.fixturenames else []
+    yield f"[{host}]"
+    for server in shared + relay.made:
+        server.expect_unharmed(host)
 
 
 @pytest.fixture
@@ -64,6 +80,33 @@ def world(dns, exchangers, relay):
     exchanger, = exchangers(1)
     dns.mail("example.net", (10, exchanger))
     return SimpleNamespace(dns=dns, exchanger=exchanger, relay=relay(mx_port=exchanger.port))
+
+
+@pytest.fixture
+def wrapped(tmp_path):
+    """wrapped("ulimit -n 64"): the program, started by a shell that has done this before;
+    wrapped(command="strace"): started by that command; wrapped(redirect="2>&-"): so."""
+    def wrap(before=":", command="", redirect=""):
+        path = tmp_path / "wrapped"
+        path.write_text(f"""#!/bin/sh
+{before} || exit
+exec {command} {shlex.quote(str(lab.BINARY))} "$@" {redirect}
+""")
+        path.chmod(0o700)
+        return path
+    return wrap
+
+
+@pytest.fixture
+def many_descriptors():
+    """Room for as many in the test itself; the relay is given it, too."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    enough = 2500
+    if hard != resource.RLIM_INFINITY and hard < enough:
+        pytest.skip(f"no process may open more than {hard} files here")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, enough), hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 @pytest.fixture

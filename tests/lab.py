@@ -31,6 +31,7 @@ from typing import NamedTuple, Optional
 ROOT = Path(__file__).resolve().parent.parent
 BINARY = Path(os.environ.get("SMTP", ROOT / "smtp")).resolve()
 HOSTNAME = "relay.example.org"      # what every Relay calls itself
+WATCHED = "SANITIZED" in os.environ or BINARY.name == "valgrind"    # its memory is then its watcher's, too
 
 
 def wait_for(condition, timeout=20, what="what was waited for"):
@@ -246,7 +247,7 @@ class Nameserver:
         self._odd("truncate", name, type, True)
 
     def raw(self, name, answer, type=None):
-        """`answer(query)` takes and returns bytes; a list of them is sent one by one."""
+        """`answer(query)` takes and returns bytes; of a list or a generator each is sent."""
         self._odd("raw", name, type, answer)
 
     def _way(self, way, query):
@@ -286,7 +287,7 @@ class Nameserver:
         raw = self._way("raw", query)[1]
         if raw:
             answer = raw(packet)
-            return answer if isinstance(answer, list) else [answer]
+            return [answer] if isinstance(answer, bytes) else answer
         return [self._answer(packet, query)]
 
     def _answer(self, packet, query):
@@ -487,6 +488,8 @@ class Exchanger:
             with contextlib.suppress(OSError):
                 connection.sock.shutdown(socket.SHUT_RDWR)
 
+    close = stop
+
     def wait_for_messages(self, count, timeout=20):
         wait_for(lambda: len(self.messages) >= count, timeout, f"{count} messages at {self.name}")
         return self.messages
@@ -599,6 +602,12 @@ def loopback():
     return f"127.{random.randint(1, 254)}.{random.randint(0, 255)}.{random.randint(1, 254)}"
 
 
+def unused_port():
+    """A port that was free just now at an address that nobody else uses."""
+    with socket.create_server((loopback(), 0)) as listener:
+        return listener.getsockname()[1]
+
+
 def exchangers(count, *hosts):
     """`count` Exchangers at addresses of their own, and one at each of `hosts`, all
     on the same port, since the relay has one port for all of them.  Their names are
@@ -616,6 +625,11 @@ def exchangers(count, *hosts):
             if error.errno != errno.EADDRINUSE:
                 raise
     raise OSError(errno.EADDRINUSE, "no port is free at all addresses")
+
+
+def children(pid):
+    """All of them, those included that nobody has waited for."""
+    return list(map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split()))
 
 
 # ---- The relay ---------------------------------------------------------------------
@@ -637,22 +651,35 @@ class Outcome(NamedTuple):
     words: str
 
 
+class Footprint(NamedTuple):
+    """What a process holds, as Linux's /proc tells it."""
+
+    descriptors: int
+    children: int       # zombies among them
+    memory: int         # octets of its own: its heap, its data and its stack
+
+
 class Relay:
     """The program, started on a free port and run until stop().
 
-    The spool is made by the program itself; its parent has to exist.
+    The spool is made by the program itself; its parent has to exist.  Without an
+    `mx_port` its exchangers listen where nobody does: no test has mail for this
+    machine's own server.
     """
 
+    MARGIN = 8 * 1024 * 1024    # octets that malloc() may keep for later, after hundreds of clients at once
     SANITIZER = re.compile("AddressSanitizer|LeakSanitizer|runtime error:|^==[0-9]+== ")     # the last is valgrind's
 
     def __init__(self, *options, spool, dns=None, mx_port=None, addresses=("127.0.0.1",), binary=BINARY):
         self.spool = Path(spool)
+        self.mx_port = mx_port or unused_port()
         self.log = []           # the lines of stderr, those of earlier runs included
-        self._command = [str(binary), "-p", "0", "-q", str(spool), "-h", HOSTNAME]
+        # Makes what has sockets, for those who are in the relay's network, where that is not ours.
+        self.within = lambda make, *arguments, **options: make(*arguments, **options)
+        self._command = [str(binary), "-p", "0", "-q", str(spool), "-h", HOSTNAME,
+                         "-P", str(self.mx_port)]
         if dns is not None:
             self._command += ["-n", dns.address]
-        if mx_port is not None:
-            self._command += ["-P", str(mx_port)]
         self._command += [*map(str, options), *addresses]
         self._addresses = addresses
         self._processes, self._readers, self._clients = [], [], []
@@ -675,6 +702,7 @@ class Relay:
             if process.poll() is not None or not self.ports:
                 self.kill()
                 raise AssertionError("the relay did not start:\n" + "\n".join(self.log[self._first_line:]))
+        self.fresh = self.footprint()
 
     def _read_log(self, stream):
         with stream:
@@ -701,8 +729,13 @@ class Relay:
 
     def client(self, **options):
         """A Client connected to it, closed with it at the latest."""
-        self._clients.append(Client(self.port, self._addresses[0], **options))
+        self._clients.append(self.within(Client, self.port, self._addresses[0], **options))
         return self._clients[-1]
+
+    def hang_up(self):
+        """Closes the clients that client() made."""
+        while self._clients:
+            self._clients.pop().close()
 
     def send(self, *recipients, sender="nour@example.org", body="Subject: x\n\nDear Nour\n"):
         """A message, taken; returns its id."""
@@ -731,6 +764,54 @@ class Relay:
         pattern = rf"^(\S+) to=<{re.escape(to)}> relay=(\S+) delay=(\d+) status=(sent|later|failed) \((.*)\)$"
         wait_for(lambda: len(self.logged(pattern)) >= count, what=f"{count} outcomes for {to}")
         return [Outcome(*match.groups()) for match in self.logged(pattern)]
+
+    def footprint(self):
+        """What the server holds now; None where there is no /proc to tell it."""
+        proc = Path(f"/proc/{self.pid}")
+        if not (proc / f"task/{self.pid}/children").exists():
+            return None
+        memory = re.search(r"^RssAnon:\s*(\d+) kB$", (proc / "status").read_text(), re.MULTILINE)
+        return Footprint(descriptors=len(os.listdir(proc / "fd")), children=len(children(self.pid)),
+                         memory=int(memory[1]) * 1024)
+
+    def expect_bounded_memory(self, used=0):
+        """To what it had when it was fresh no more has come than these octets and the margin."""
+        now = self.footprint()
+        if now is not None and not WATCHED and now.memory > self.fresh.memory + used + self.MARGIN:
+            raise AssertionError(f"its memory has grown from {self.fresh.memory} to {now.memory} octets")
+
+    def expect_unharmed(self, host, timeout=20):
+        """Whatever was done to it, nothing is left of that: it holds what it held when it
+        was fresh, with no child but the queue runner, and the spool holds only what it
+        says to be owed still.  And it is at work: a client is greeted, and his message
+        arrives at an exchanger, which this makes at `host`."""
+        if self.process.poll() is not None:
+            raise AssertionError(f"it has ended with {self.process.returncode}")
+        self.hang_up()
+        self._expect_rest(timeout)
+        friend = self.within(Exchanger, host, self.mx_port)
+        with contextlib.closing(friend):
+            with self.client() as client:
+                assert client.greeting.startswith("220 ")
+                assert client.deliver("", [f"friend@[{host}]"], b"Subject: x\r\n\r\nDear Nour\r\n").startswith("250 ")
+            message, = friend.wait_for_messages(1, timeout)
+            assert message.raw.endswith(b"\r\nSubject: x\r\n\r\nDear Nour\r\n")
+        self._expect_rest(timeout)
+
+    def _expect_rest(self, timeout):
+        def rests():
+            now, owed = self.footprint(), {match[1] for match in self.logged(r"^(\S+) to=<.* status=later ")}
+            seen[:] = now, self.tmp(), [path.name for path in self.queue() if path.name not in owed]
+            return seen[1:] == [[], []] and (
+                now is None or (now.descriptors, now.children) == (self.fresh.descriptors, 1))
+
+        seen = []
+        try:
+            wait_for(rests, timeout)
+        except AssertionError:
+            raise AssertionError("it had {} when it was fresh and has now {}, in tmp/ {}, in queue/ {}".format(
+                self.fresh, *seen)) from None
+        self.expect_bounded_memory()
 
     def hangup(self):
         os.kill(self.pid, signal.SIGHUP)
@@ -765,8 +846,7 @@ class Relay:
             reader.join(20)
             if reader.is_alive():
                 raise AssertionError("something of the relay outlived it")
-        for client in self._clients:
-            client.close()
+        self.hang_up()
         reports = [line for line in self.log if self.SANITIZER.search(line)]
         if reports:
             raise AssertionError("a sanitizer reports:\n" + "\n".join(self.log))
@@ -778,8 +858,21 @@ class Relay:
 class Client(Wire):
     """A client that says what it is told to, byte by byte if need be."""
 
-    def __init__(self, port, host="127.0.0.1", greeting=True, timeout=20):
-        super().__init__(socket.create_connection((host, port), timeout))
+    def __init__(self, port, host="127.0.0.1", greeting=True, timeout=20, source=None, window=None):
+        """`source` is the address it comes from; `window` how many octets, about, its
+        system takes for it while it does not read."""
+        sock = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+        sock.settimeout(timeout)
+        if window is not None:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, window)
+        if source is not None:
+            sock.bind((source, 0))
+        try:
+            sock.connect((host, port))
+        except OSError:
+            sock.close()
+            raise
+        super().__init__(sock)
         self.timeout = timeout
         self.local_port = self.sock.getsockname()[1]
         self.greeting = self.reply() if greeting else None

@@ -2,11 +2,12 @@
 import smtplib
 import socket
 import struct
+from pathlib import Path
 
 import pytest
 
-from lab import (RESPONSE, TO_QUESTION, TYPES, Client, Nameserver, encode_name, header,
-                 query_id, question, record, transcript, wait_for)
+from lab import (RESPONSE, TO_QUESTION, TYPES, WATCHED, Client, Nameserver, encode_name, header,
+                 loopback, query_id, question, record, transcript, wait_for)
 
 # ---- DNS: whole packets asked and compared --------------------------------------------
 
@@ -188,3 +189,36 @@ def test_transcript_shows_where_it_differs(exchangers):
             S: 250 <hostname>
         """)
     assert str(failure.value).endswith("\n  C: HELO me.com\n  S: 250 <hostname>  S: 250 mx1.example.net")
+
+
+# ---- The relay ------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="no /proc here")
+def test_what_an_attack_leaves_is_noticed(world):
+    """Each thing that expect_unharmed() looks for, left behind on purpose."""
+    server = world.relay
+
+    def expect_harm(what):
+        with pytest.raises(AssertionError, match=what):
+            server.expect_unharmed(loopback(), timeout=0.5)
+
+    server.expect_unharmed(loopback())
+    with socket.create_connection(("127.0.0.1", server.port)):
+        expect_harm(rf"has now Footprint\(descriptors={server.fresh.descriptors + 1}, ")
+    for directory in "tmp", "queue":
+        path = server.spool / directory / "x"
+        path.touch()
+        expect_harm(rf"in {directory}/ \[.*x")
+        path.unlink()
+    world.exchanger.set(stall_at="MAIL")
+    server.send("b@example.net", sender="")
+    expect_harm("has now .* children=2,")
+    world.exchanger.stop()
+    server.expect_unharmed(loopback())          # what is later is still owed
+    assert len(server.queue()) == 1
+    if not WATCHED:
+        server.fresh = server.fresh._replace(memory=-server.MARGIN)
+        expect_harm("its memory has grown")
+    server.stop()
+    expect_harm("it has ended with 0")

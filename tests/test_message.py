@@ -11,6 +11,8 @@ import pytest
 
 from lab import HOSTNAME
 
+pytestmark = pytest.mark.usefixtures("unharmed")
+
 BARE = "550 5.5.2 "
 TOO_BIG = "552 5.3.4 "
 LOOP = "554 5.4.6 "

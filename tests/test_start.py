@@ -5,7 +5,6 @@ import errno
 import os
 import pwd
 import re
-import resource
 import select
 import shlex
 import signal
@@ -18,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from lab import BINARY, HOSTNAME, Client, loopback, run, wait_for
+from lab import BINARY, HOSTNAME, Client, children, loopback, run, wait_for
 
 ROOT = os.geteuid() == 0
 QUEUED = "250 2.0.0 Ok: queued as "
@@ -51,21 +50,6 @@ def refusal(status, *arguments, program=(BINARY,)):
     return line
 
 
-@pytest.fixture
-def wrapped(tmp_path):
-    """wrapped("ulimit -n 64"): the program, started by a shell that has done this before;
-    wrapped(command="strace"): started by that command; wrapped(redirect="2>&-"): so."""
-    def wrap(before=":", command="", redirect=""):
-        path = tmp_path / "wrapped"
-        path.write_text(f"""#!/bin/sh
-{before} || exit
-exec {command} {shlex.quote(str(BINARY))} "$@" {redirect}
-""")
-        path.chmod(0o700)
-        return path
-    return wrap
-
-
 def begin(client):
     for line in IN_DATA:
         client.say(line)
@@ -75,10 +59,6 @@ def process_status(pid):
     """/proc/PID/status: {"Uid": ["65534", ...], ...}."""
     lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     return {name: values.split() for name, _, values in (line.partition(":") for line in lines)}
-
-
-def children(pid):
-    return list(map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split()))
 
 
 # ---- The command line ------------------------------------------------------------------------
@@ -392,18 +372,6 @@ def test_few_open_files_are_enough_for_many_clients(world, relay, tmp_path, wrap
         client.close()
     if Path("/proc/self/task").exists():
         wait_for(lambda: len(children(server.pid)) == 1, what="nobody but the queue runner left")
-
-
-@pytest.fixture
-def many_descriptors():
-    """Room for as many in the test itself; the relay is given it, too."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    enough = 2500
-    if hard != resource.RLIM_INFINITY and hard < enough:
-        pytest.skip(f"no process may open more than {hard} files here")
-    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, enough), hard))
-    yield
-    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def test_more_clients_than_an_fd_set_holds(world, relay, tmp_path, many_descriptors):
