@@ -1,11 +1,14 @@
-"""Who may relay: loopback, and the networks of -a.
+"""Who may relay, loopback and the networks of -a, and where to: -d.
 
 A stranger needs an address that is not loopback's.  Those of the documentation
 (RFC 5737, RFC 3849) are put on the loopback interface of a network that the
 relay has to itself, so that nothing outside sees them.
 """
+import contextlib
 import ctypes
+import ipaddress
 import os
+import random
 import shutil
 import socket
 import subprocess
@@ -16,10 +19,15 @@ import pytest
 
 from lab import BINARY, HOSTNAME, Client, run, transcript, wait_for
 
+RCPT_SYNTAX = "501 5.5.4 Syntax: RCPT TO:<address>"
+
 IPV4 = ("192.0.2.1", "192.0.2.128", "198.51.100.1")
 IPV6 = ("2001:db8::1", "2001:db9::1")
+# All other addresses there are, too, may be had there by whoever asks for one to come from.
 PREPARE = " && ".join(["ip link set lo up", *(f"ip addr add {address}/32 dev lo" for address in IPV4),
-                       *(f"ip addr add {address}/128 dev lo nodad" for address in IPV6)])
+                       *(f"ip addr add {address}/128 dev lo nodad" for address in IPV6),
+                       "ip route add local 0.0.0.0/0 dev lo", "ip -6 route add local ::/0 dev lo",
+                       "echo 1 >/proc/sys/net/ipv6/ip_nonlocal_bind"])
 CLONE_NEWNET = 0x40000000
 
 
@@ -53,17 +61,18 @@ def enter_network(pid):
 @pytest.fixture
 def alone(relay, binary):
     """alone("-a", "192.0.2.0/24"): a relay that listens everywhere in its network.
-    .connect(address) is a Client that comes from that address, for it goes to it."""
+    .connect(address) is a Client that comes from that address, and goes to it, too."""
     made = []
 
     def make(*options):
         server = relay(*options, binary=binary, addresses=["0.0.0.0", "::"])
         ipv4_port, ipv6_port = server.ports
         inside = ThreadPoolExecutor(1, initializer=enter_network, initargs=(server.pid,))
+        server.within = lambda *arguments, **options: inside.submit(*arguments, **options).result()
 
         def connect(address):
             port = ipv6_port if ":" in address else ipv4_port
-            made.append(inside.submit(Client, port, address, greeting=False).result())
+            made.append(server.within(Client, port, address, greeting=False, source=address))
             return made[-1]
         return SimpleNamespace(relay=server, connect=connect)
     yield make
@@ -127,6 +136,74 @@ def test_networks_that_may_relay(alone, networks, welcome):
     assert replies == {address: "220" if address in trusted else "554" for address in replies}
 
 
+@pytest.fixture
+def chance():
+    """The same in every run."""
+    return random.Random(4632)      # RFC 4632 is CIDR
+
+
+def some_address(chance, version):
+    """Of those that a host may have, and loopback's, which may always relay."""
+    number = chance.getrandbits(32 if version == 4 else 128)
+    if version == 6:                # global unicast, or unique local
+        number = number >> 3 | 1 << 125 if number % 4 else number >> 7 | 0xFC << 120
+    address = ipaddress.ip_address(number.to_bytes(4 if version == 4 else 16, "big"))
+    return address if is_a_hosts(address) else some_address(chance, version)
+
+
+def is_a_hosts(address):
+    if address.version == 6:
+        return address in ipaddress.ip_network("2000::/3") or address in ipaddress.ip_network("fc00::/7")
+    return 1 <= int(address) >> 24 < 224
+
+
+def edges(network):
+    """The addresses on both sides of where it begins and ends."""
+    first, last = int(network[0]), int(network[-1])
+    make = type(network[0])
+    return [make(number) for number in (first - 1, first, last, last + 1) if 0 <= number < 2 ** network.max_prefixlen]
+
+
+@pytest.mark.parametrize("version, bits", [
+    (4, range(1, 33)), (4, range(16, 33)), (6, range(1, 129)), (6, range(64, 129))], ids=str)
+def test_networks_are_what_python_takes_them_for(unharmed, alone, chance, version, bits):
+    """Random ones, and clients from both sides of their edges and from anywhere."""
+    networks = [ipaddress.ip_network((some_address(chance, version), chance.choice(bits)), strict=False)
+                for _ in range(20)]
+    here = alone(*(word for network in networks for word in ("-a", network)))
+    addresses = {some_address(chance, version) for _ in range(300)}
+    addresses.update(network[chance.randrange(network.num_addresses)] for network in networks)
+    addresses.update(address for network in networks for address in edges(network))
+    wrong = []
+    for address in filter(is_a_hosts, addresses):
+        with here.connect(str(address)) as client:
+            welcome = client.reply().startswith("220 ")
+        if welcome != (address.is_loopback or any(address in network for network in networks)):
+            wrong.append(address)
+    assert wrong == []
+
+
+@pytest.mark.parametrize("network", ["::ffff:192.0.2.1", "::ffff:c000:201"])
+def test_an_ipv4_address_written_as_ipv6_is_an_ipv4_address(alone, network):
+    """RFC 4291 2.5.5.2.  No client comes as one: the IPv6 sockets take IPv6 only."""
+    here = alone("-a", network)
+    assert here.connect("192.0.2.1").reply().startswith("220 ")
+    assert here.connect("192.0.2.128").reply().startswith("554 ")
+    with pytest.raises(OSError):
+        here.relay.within(Client, here.relay.ports[1], "::ffff:192.0.2.1", source="::ffff:192.0.2.1")
+
+
+@pytest.mark.parametrize("network", ["0.0.0.0/0", "::/0"])
+def test_a_network_of_everybody_is_warned_of(relay, network):
+    server = relay("-a", network, "-a", "192.0.2.0/24")
+    warning, = server.logged("^warning: .*")
+    assert network in warning.string
+
+
+def test_no_warning_without_reason(relay):
+    assert not relay("-a", "192.0.2.0/24", "-a", "128.0.0.0/1", "-a", "2000::/3").logged("warning")
+
+
 def test_a_welcome_stranger_sends(alone):
     here = alone("-a", "192.0.2.0/24")
     transcript(here.connect("192.0.2.1"), """
@@ -147,18 +224,33 @@ def test_a_welcome_stranger_sends(alone):
     assert b"Received: from me.com ([192.0.2.1]:" in message.read_bytes()
 
 
-def test_what_a_stranger_says_is_ignored(alone):
+# What open relays have fallen for.  Here a stranger comes to no command.
+OPEN_RELAY = [(sender, recipient)
+              for sender in (
+                  "a@example.org", "", "a@[192.0.2.1]", f"a@{HOSTNAME}", "a@localhost", "a@127.0.0.1", "localhost")
+              for recipient in (
+                  "b@example.net", "b%example.net", f"b%example.net@{HOSTNAME}", "b%example.net@[127.0.0.1]",
+                  "b%example.net@localhost", "b%example.net@", "example.net!b", f"example.net!b@{HOSTNAME}",
+                  f"@{HOSTNAME}:b@example.net", f"@{HOSTNAME},@example.net:b@example.net", "@[127.0.0.1]:b@example.net",
+                  '"b@example.net"', f'"b@example.net"@{HOSTNAME}', '"b%example.net"', f'"b%example.net"@{HOSTNAME}',
+                  "b@[198.51.100.1]", "b@[IPv6:2001:db8::1]", "b@example.net@", f"b@example.net@{HOSTNAME}",
+                  "postmaster", "Postmaster", f"postmaster@{HOSTNAME}", "postmaster@example.net",
+                  "b@example.net,c@example.net", "")]
+
+
+def test_no_form_of_address_makes_a_stranger_welcome(unharmed, alone):
     here = alone()
-    with here.connect("192.0.2.1") as client:
-        try:
-            client.send(b"HELO me.com\r\nMAIL FROM:<a@example.org>\r\n" * 100)
-        except OSError:
-            pass        # it was quicker
-        while client.receive():
-            pass
-    heard = b"".join(client.chunks)
-    assert heard.startswith(b"554 5.7.1 ") and heard.count(b"\r\n") == 1
-    assert here.relay.tmp() == []
+    for sender, recipient in OPEN_RELAY:
+        with here.connect("192.0.2.1") as client:
+            with contextlib.suppress(OSError):      # it may be quicker
+                client.send(f"HELO localhost\r\nMAIL FROM:<{sender}>\r\nRCPT TO:<{recipient}>\r\nDATA\r\n"
+                            "Subject: x\r\n\r\n.\r\nQUIT\r\n".encode())
+            while client.receive():
+                pass
+        heard = b"".join(client.chunks)
+        # Who talks before he is greeted may lose what he is told, but is never told more.
+        assert heard.count(b"\r\n") <= 1 and heard.startswith(b"554 5.7.1 "[:len(heard)])
+    assert here.relay.tmp() == here.relay.queue() == []
 
 
 @pytest.mark.parametrize("network", [
@@ -172,3 +264,81 @@ def test_a_bad_network_stops_the_start(spool, network):
     line, = ended.stderr.splitlines()
     assert "-a" in line and (network.split("/")[-1] in line)
     assert not spool.exists()
+
+
+# ---- Where to ------------------------------------------------------------------------------------
+
+
+DOMAINS = ("example.net", "Mail.Example.ORG", "[192.0.2.1]", "[IPv6:2001:db8::1]")
+
+TAKEN = [
+    "a@example.net", "a@EXAMPLE.NET", "a@eXample.Net", "a@mail.example.org", "a@[192.0.2.1]", "a@[IPv6:2001:db8::1]",
+    "a@[ipv6:2001:DB8::1]", "Postmaster", "pOSTMASTER", "postmaster@example.net",
+    # Whatever stands before the last @ is example.net's to understand.
+    "a%evil.example@example.net", "evil.example!a@example.net", '"a@evil.example"@example.net',
+    '"@evil.example:a"@example.net', '"a@evil.example>"@example.net', '"a\\"@evil.example"@example.net',
+    "evil.example@example.net", "@evil.example:a@example.net", "@evil.example,@other.example:a@example.net"]
+
+NOT_TAKEN = {
+    "a@evil.example": "evil.example", "postmaster@evil.example": "evil.example", "a@example.net.evil.example":
+    "example.net.evil.example", "a@sub.example.net": "sub.example.net", "a@xexample.net": "xexample.net",
+    "a@example.ne": "example.ne", "a@example.nett": "example.nett", "a@net": "net", "a@example-net": "example-net",
+    "a@example.org": "example.org", "a%example.net@evil.example": "evil.example",
+    '"a@example.net"@evil.example': "evil.example", "example.net!a@evil.example": "evil.example",
+    "example.net@evil.example": "evil.example", "@example.net:a@evil.example": "evil.example",
+    "@mail.example.org,@example.net:a@evil.example": "evil.example", "a@[192.0.2.2]": "[192.0.2.2]",
+    "a@[IPv6:::ffff:192.0.2.1]": "[IPv6:::ffff:192.0.2.1]", "a@[IPv6:2001:db8::2]": "[IPv6:2001:db8::2]",
+    "a@192.0.2.1": "192.0.2.1"}
+
+NO_ADDRESSES = [
+    "a@example.net.", "a@example.net@evil.example", "a@evil.example@example.net", "a@evil.example,a@example.net",
+    "a@evil.example>,<a@example.net", "a@evil.example @example.net", "a@example.net @evil.example", "a",
+    "a@evil.example:@example.net", "@example.net", "@example.net:Postmaster", "Postmaster@", '"Postmaster"', ""]
+
+
+@pytest.fixture
+def limited(relay, unharmed):
+    """A client of a relay for DOMAINS, who may send to somebody there."""
+    server = relay(*(word for domain in (*DOMAINS, unharmed) for word in ("-d", domain)))
+    with server.client() as client:
+        client.say("HELO me.com")
+        client.say("MAIL FROM:<a@example.org>")
+        yield SimpleNamespace(relay=server, rcpt=lambda path: client.say(f"RCPT TO:<{path}>"))
+
+
+def recipients(server):
+    draft, = server.tmp()
+    return draft.read_bytes().count(b"RCPT")
+
+
+@pytest.mark.parametrize("path", TAKEN)
+def test_mail_for_a_domain_of_d_is_taken(limited, path):
+    assert limited.rcpt(path) == "250 2.1.5 Ok"
+    assert recipients(limited.relay) == 1
+
+
+@pytest.mark.parametrize("path", NOT_TAKEN)
+def test_mail_for_other_domains_is_not_taken(limited, path):
+    """And who was refused is not among those who are sent to."""
+    reply = limited.rcpt(path)
+    assert reply.startswith("550 5.7.1 ") and NOT_TAKEN[path] in reply.split()
+    assert recipients(limited.relay) == 0
+
+
+@pytest.mark.parametrize("path", NO_ADDRESSES)
+def test_what_is_no_address_is_no_way_around_d(limited, path):
+    assert limited.rcpt(path) == RCPT_SYNTAX
+    assert recipients(limited.relay) == 0
+
+
+def test_only_those_of_d_are_sent_to(world, relay, tmp_path):
+    server = relay("-d", "example.net", mx_port=world.exchanger.port, spool=tmp_path / "other")
+    with server.client() as client:
+        for line in "HELO me.com", "MAIL FROM:<>", "RCPT TO:<a@evil.example>", "RCPT TO:<b@example.net>", "DATA":
+            client.say(line)
+        client.send(b"Subject: x\r\n.\r\n")
+        assert client.reply().startswith("250 2.0.0 ")
+    message, = world.exchanger.wait_for_messages(1)
+    assert message.recipients == ["<b@example.net>"]
+    wait_for(lambda: not server.queue())
+    assert {query.name for query in world.dns.queries} == {"example.net", world.exchanger.name}

@@ -67,7 +67,10 @@ def process_status(pid):
 @pytest.mark.parametrize("option, values", [
     ("-p", ["", "x", "-1", "+1", " 1", "65536", "25x", "0x19"]),
     ("-P", ["", "x", "0", "-1", "65536"]),
-    ("-m", ["", "x", "-1", "1k", "1.5"]),
+    *((option, ["", "x", "-1", "1k", "1.5"]) for option in ("-c", "-m")),
+    ("-d", ["", " ", "x y", "x,y", "@example.net", "a@example.net", "example.net.", ".example.net", "*.example.net",
+            "a..b", "-x", "a_b", "192.0.2.1]", "[192.0.2.1", "[192.0.2.256]", "[2001:db8::1]", "[IPv6:192.0.2.1]", "[]",
+            "a\nb", "x" * 64, "x." * 130 + "x"]),
     *((option, ["", "x", "0", "-1", "1m", "9" * 30]) for option in ("-e", "-j", "-r", "-t", "-w")),
     ("-n", ["", "x", "example.net", "192.0.2.256", "192.0.2.1:", "192.0.2.1:x", "192.0.2.1:65536", "[2001:db8::1"]),
     ("-s", ["", "-x", "a b", "a..b", "192.0.2.1:x", "example.net:65536", "[2001:db8::1", "a@example.net"]),
@@ -97,7 +100,7 @@ def test_four_name_servers_are_too_many(spool):
 def test_usage_names_every_option(arguments):
     ended = run(*arguments)
     assert ended.returncode == 2 and ended.stdout == ""
-    for option in "aehjMmnPpqrstuvw":
+    for option in "acdehjMmnPpqrstuVvwX":
         assert re.search(rf"^  -{option}\b", ended.stderr, re.MULTILINE)
     assert re.search(r"smtp -l \[-q spool\]", ended.stderr)
 
