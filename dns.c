@@ -724,7 +724,7 @@ void dns_ask(const struct nameservers *servers, struct dns_query *queries, size_
 
     if (count > DNS_QUERIES)
         count = DNS_QUERIES;
-    memset(flights, 0, sizeof flights);
+    memset(flights, 0, count * sizeof flights[0]);
     for (size_t i = 0; i < count; i++) {
         struct flight *f = &flights[i];
 

@@ -931,12 +931,13 @@ static bool add_address(struct route *route, const char *name, unsigned preferen
 /* Adds the addresses of these exchangers, which are sorted by preference. */
 static void add_exchangers(struct route *route, const struct dns_record *mx, size_t count, unsigned port)
 {
-    struct dns_query *queries = allocate(NULL, 2 * EXCHANGER_LIMIT * sizeof *queries);
+    struct dns_query *queries;
     const char *trouble = NULL;
     bool self = false;
 
     if (count > EXCHANGER_LIMIT)
         count = EXCHANGER_LIMIT;
+    queries = allocate(NULL, 2 * count * sizeof *queries);
     for (size_t i = 0; i < 2 * count; i++) {
         queries[i].name = mx[i / 2].name;
         queries[i].type = i % 2 == 0 ? DNS_AAAA : DNS_A;
@@ -1245,19 +1246,21 @@ static enum outcome say_hello(struct exchange *x)
     return judge(code);
 }
 
+/* What is read of a message on its way out. */
+static char block[1 + BLOCK];
+
 /* Goes once through the message for what MAIL has to say of it: whether octets
  * beyond ASCII are in it, whatever its sender declared, and its size as RFC 1870
  * counts it, without the doubled dots. */
 static void survey(struct message *m)
 {
-    static unsigned char block[1 + BLOCK];
-    unsigned char bits = 0;
+    char bits = 0;
     ssize_t n;
 
     m->size = (unsigned long long)(m->end - m->body);
     block[0] = '\n';
     for (off_t at = m->body; at < m->end; at += n) {
-        const unsigned char *dot = block;
+        const char *dot = block;
 
         n = pread(m->fd, block + 1, m->end - at < BLOCK ? (size_t)(m->end - at) : BLOCK, at);
         if (n <= 0)
@@ -1268,13 +1271,12 @@ static void survey(struct message *m)
             m->size -= dot[-1] == '\n';
         block[0] = block[n];
     }
-    m->eight_bit = bits >= 0x80;
+    m->eight_bit = (bits & 0x80) != 0;
 }
 
 /* Sends the message and its final dot, as they stand in the file. */
 static bool send_message(struct exchange *x, const struct message *m)
 {
-    static char block[BLOCK];
     off_t at = m->body, behind = m->end + 3;
 
     if (settings.verbose)

@@ -51,6 +51,7 @@ enum {
     LOOP_LIMIT = 100,       /* Received: lines (RFC 5321 6.3) */
     ERROR_LIMIT = 20,       /* 5xx replies without a completed transaction between */
     IDLES = 12,             /* times -t that a client has to complete a transaction */
+    SIGNAL_WAIT = 20,       /* ms that a signal may wait while clients keep us busy */
     LINGER = 2000,          /* ms for a client to take its last reply */
     REST = 1000,            /* ms without accepting when something has run out */
     LISTENERS = 16,
@@ -241,14 +242,18 @@ static void reset(struct session *s)
         s->phase = s->helo != NULL ? READY : CONNECTED;
 }
 
-/* Closes what this process has of a client, and forgets it.  The draft stays as
- * it is. */
-static void forget_session(struct session *s)
+/* Closes what this process has of a client.  The draft stays as it is. */
+static void close_session(struct session *s)
 {
     close_fd(&s->fd);
     close_fd(&s->pipe);
     if (s->tx != NULL)
         draft_forget(&s->tx->draft);
+}
+
+static void free_session(struct session *s)
+{
+    close_session(s);
     free(s->tx);
     free(s->helo);
     free(s->in.bytes);
@@ -358,10 +363,11 @@ static size_t listener_count;
 static int64_t rest_until;  /* nothing is accepted before: something has run out */
 static int64_t runner_from; /* no queue runner is started before */
 
+/* Somebody else serves them from now on. */
 static void forget_sessions(void)
 {
     while (session_count > 0)
-        forget_session(sessions[--session_count]);
+        free_session(sessions[--session_count]);
 }
 
 static void close_listeners(void)
@@ -383,10 +389,12 @@ static void forget_server(void)
 }
 
 /* A child that serves nobody keeps no client's socket either: a client whose
- * server has hung up would hear nothing of it until the slowest child is done. */
+ * server has hung up would hear nothing of it until the slowest child is done.
+ * The memory is not freed: each page that is touched would have to be copied. */
 static void forget_all(void)
 {
-    forget_sessions();
+    while (session_count > 0)
+        close_session(sessions[--session_count]);
     forget_server();
     close_fd(&leave_pipe[1]);
 }
@@ -1420,8 +1428,9 @@ static void fill(fd_set *readable, fd_set *writable, int *top, int64_t *until)
 /* Waits for the first thing to happen.  Signals come only here. */
 static void wait_for_events(fd_set *readable, fd_set *writable, int top, int64_t until, const sigset_t *mask)
 {
+    static int64_t next_look;
     struct timespec timeout = { 0, 0 };
-    int64_t left = until - clock_ms();
+    int64_t now = clock_ms(), left = until - now;
 
     if (left > 0) {
         timeout.tv_sec = (time_t)(left / 1000);
@@ -1430,9 +1439,10 @@ static void wait_for_events(fd_set *readable, fd_set *writable, int top, int64_t
     if (pselect(top + 1, readable, writable, NULL, until == INT64_MAX ? NULL : &timeout, mask) < 0) {
         FD_ZERO(readable);          /* a signal: the sets mean nothing now */
         FD_ZERO(writable);
-    } else {                        /* where something is always ready, Linux never gets to the signals */
+    } else if (now >= next_look) {  /* where something is always ready, Linux never gets to the signals */
         sigset_t blocked;
 
+        next_look = now + SIGNAL_WAIT;
         sigprocmask(SIG_SETMASK, mask, &blocked);
         sigprocmask(SIG_SETMASK, &blocked, NULL);
     }
@@ -1679,7 +1689,7 @@ static void reap_sessions(void)
                 logmsg("a client that left is still counted");
         }
         reset(s);
-        forget_session(s);
+        free_session(s);
     }
     session_count = left;
 }
