@@ -1,6 +1,7 @@
 """The resolver: by itself, built as its head comment says, and within the relay."""
 import collections
 import os
+import re
 import shutil
 import socket
 import struct
@@ -60,7 +61,7 @@ class LookUp:
 
     def _finish(self):
         if not hasattr(self, "_output"):
-            self._output, errors = self._process.communicate(timeout=60)
+            self._output, errors = self._process.communicate(timeout=150)
             assert (self._process.returncode, errors) == (0, "")
         return self._output
 
@@ -184,6 +185,12 @@ class TestQuery:
     def test_names_there_cannot_be_are_not_asked_for(self, dns, look_up, name):
         assert look_up(name, "A") == NO_NAME
         assert not dns.queries
+
+    def test_no_name_is_made_longer(self, dns, look_up):
+        """There is no search list: who owned a domain in it would be sent what is not his."""
+        dns.a("intranet.example.org", "192.0.2.66")
+        assert look_up("intranet", "A") == NO_NAME
+        assert {query.name for query in dns.queries} == {"intranet"}
 
     @pytest.mark.parametrize("server", ["localhost", "127.0.0.1:0", "127.0.0.1:65536", "127.0.0.1:5x", "127.0.0.1:",
                                         "[::1", "[::1]5353", "::1:5353:", "", "192.0.2.256"])
@@ -508,23 +515,64 @@ class TestTCP:
 # ---- Chance -------------------------------------------------------------------------------
 
 
-def looks_random(numbers):
-    """Hardly one twice, no usual step from one to the next, no bit that stands still."""
-    steps = collections.Counter(b - a for a, b in zip(numbers, numbers[1:]))
-    ones = [sum(number >> bit & 1 for number in numbers) / len(numbers) for bit in range(16)]
-    return (len(set(numbers)) > 0.95 * len(numbers) and steps.most_common(1)[0][1] < 5
-            and all(0.2 < share < 0.8 for share in ones))
+def expect_random(numbers):
+    """Hardly one of these 400 twice, no usual step from one to the next, no bit that stands
+    still.  Of numbers that are random one in a billion such lists fails: of 16 repeated
+    the chance is 1e-12, of a step that is taken six times 5e-12, of a bit 3e-11."""
+    assert len(numbers) == 400
+    assert len(set(numbers)) > 400 - 16
+    steps = collections.Counter((after - before) % 65536 for before, after in zip(numbers, numbers[1:]))
+    assert steps.most_common(1)[0][1] < 6
+    assert all(120 < sum(number >> bit & 1 for number in numbers) < 280 for bit in range(16))
+
+
+def expect_unpredictable(queries):
+    """RFC 5452 9.2."""
+    expect_random([query.id for query in queries])
+    expect_random([query.client_port for query in queries])
 
 
 def test_ids_and_ports_cannot_be_guessed(dns, relay):
-    """RFC 5452 9.2.  Each domain is another process's, and the processes are forks of one."""
+    """Each domain is another process's, and the processes are forks of few."""
     server = relay()
     with server.client() as client:
-        for n in range(4):
-            client.deliver("", [f"b@d{n}{m}.example.net" for m in range(25)], "Subject: x\n\nx\n")
-    queries = wait_for(lambda: len(dns.queries) >= 100 and list(dns.queries))
-    assert looks_random([query.id for query in queries])
-    assert looks_random([query.client_port for query in queries])
+        for n in range(8):
+            client.deliver("", [f"b@d{n}-{m}.example.net" for m in range(50)], "Subject: x\n\nx\n")
+    expect_unpredictable(wait_for(lambda: len(dns.queries) >= 400 and dns.queries[:400], timeout=60))
+
+
+ASK_AND_FORK = r"""
+#include "smtp.h"
+#include <unistd.h>
+
+/* Asks, so that there are random bits in store, and has 40 children ask. */
+int main(int argc, char **argv)
+{
+    static struct dns_query query = { .name = "example.net", .type = DNS_A };
+    struct nameservers servers = { .count = 1 };
+    char host[DNS_NAME_SIZE];
+    unsigned port;
+
+    if (!endpoint_parse(argv[argc - 1], 53, host, &port) || !address_parse(host, port, &servers.server[0]))
+        return 1;
+    dns_ask(&servers, &query, 1);
+    for (int child = 0; child < 40; child++)
+        if (fork() == 0) {
+            for (int i = 0; i < 10; i++)
+                dns_ask(&servers, &query, 1);
+            _exit(0);
+        }
+    return 0;
+}
+"""
+
+
+def test_no_process_is_given_the_numbers_of_another(dns, tmp_path):
+    """What a parent has in store its children do not use, all the same ones."""
+    source = tmp_path / "fork.c"
+    source.write_text(ASK_AND_FORK)
+    subprocess.run([build(tmp_path / "fork", "-I", ROOT, source, ROOT / "dns.c"), dns.address], check=True, timeout=60)
+    expect_unpredictable(wait_for(lambda: len(dns.queries) >= 401 and dns.queries[1:401], timeout=60))
 
 
 # ---- Within the relay ---------------------------------------------------------------------
@@ -684,6 +732,7 @@ def test_mail_arrives(dns, relay, exchangers, zone):
     mx.wait_for_messages(1)
 
 
+@pytest.mark.usefixtures("unharmed")
 @pytest.mark.parametrize("zone, status, words", NOT_SENT, ids=[title(zone) for zone, _, _ in NOT_SENT])
 def test_mail_does_not_arrive(dns, relay, exchangers, zone, status, words):
     mx, = exchangers(1)
@@ -822,14 +871,18 @@ def test_resolv_conf(print_servers, tmp_path, text, servers):
 
 
 class Silences:
+    NAMES = ("silent", "once", "tcp", "flooded", "slow0", "slow-tcp0")
+
     def __init__(self, resolver):
         self.dns = Nameserver()
         self.asked = collections.defaultdict(list)      # (name, type): when
-        for name in ("silent", "once", "tcp"):
+        self._over = threading.Event()
+        for name in self.NAMES[:4]:
             self.dns.raw(f"{name}.example.net", self._note_and_answer)
-        self.begun = time.monotonic()
-        self.look_ups = {name: LookUp(resolver, f"{name}.example.net", self.dns.address)
-                         for name in ("silent", "once", "tcp")}
+        for n in range(9):
+            self.dns.raw(f"slow{n}.example.net", self._answer_late)
+            self.dns.raw(f"slow-tcp{n}.example.net", self._answer_late)
+        self.look_ups = {name: LookUp(resolver, f"{name}.example.net", self.dns.address) for name in self.NAMES}
 
     def _note_and_answer(self, query):
         seen = parse_query(query, "", 0)
@@ -842,7 +895,28 @@ class Silences:
         if seen.name.startswith("tcp"):
             time.sleep(0.2)         # the answer comes while the other one waits
             return answer(query)
+        if seen.name.startswith("flooded") and seen.type == "A":
+            return self._flood(header(query_id(query) ^ 1, answers=1) + question(query) + a(EVIL))
         return answer(query, *([a()] if seen.type == "A" else []))
+
+    def _flood(self, forgery):
+        while not self._over.wait(0.01):
+            yield forgery
+
+    def _answer_late(self, query):
+        """A chain of aliases, each link of which comes at the last moment there is for it."""
+        seen = parse_query(query, "", 0)
+        times = self.asked[seen.name, seen.type]
+        times.append(time.monotonic())
+        name, n = seen.name[:seen.name.index(".") - 1], int(seen.name[seen.name.index(".") - 1])
+        if seen.type != "A":
+            return answer(query)
+        if len(times) < 3:
+            return []
+        if "tcp" in name and len(times) == 3:
+            return truncated(query)
+        self._over.wait(4.5 if "tcp" in name else 7)
+        return answer(query, a() if n == 8 else record(TO_QUESTION, "CNAME", encode_name(f"{name}{n + 1}.example.net")))
 
     def result(self, name, type):
         return self.look_ups[name].result(type)
@@ -852,6 +926,7 @@ class Silences:
         return [later - sooner for sooner, later in zip(times, times[1:])]
 
     def stop(self):
+        self._over.set()
         for look_up in self.look_ups.values():
             look_up.stop()
         self.dns.stop()
@@ -894,3 +969,17 @@ def test_waits_double_and_end(silences, type):
     assert silences.result("silent", type) == SILENT
     first, second = silences.gaps("silent", type)
     assert 1.9 < first and 1.5 * first < second < 3 * first
+
+
+def test_a_flood_of_forgeries_gains_no_time(silences):
+    """There is always something to read, and never an answer: the next try has its time."""
+    assert silences.result("flooded", "A") == SILENT
+    assert len(silences.asked["flooded.example.net", "A"]) == 3
+
+
+@pytest.mark.parametrize("name", ["slow0", "slow-tcp0"])
+def test_who_is_slow_at_every_link_is_not_followed_to_the_end(silences, name):
+    """That would take him twice the minute that there is for all."""
+    result, = silences.result(name, "A")
+    assert result.startswith("failed: ")
+    assert len({asked for asked, _ in silences.asked if re.match(rf"{name[:-1]}\d\.", asked)}) > 2
