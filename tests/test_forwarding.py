@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from lab import HOSTNAME, Exchanger, loopback, transcript, wait_for
+from lab import HOSTNAME, Exchanger, children, loopback, transcript, wait_for
 
 BODY = "Subject: x\n\nDear Nour\n"
 
@@ -565,6 +565,9 @@ def test_refused_while_the_message_is_on_its_way(world):
 # ---- Silence, noise and lies -----------------------------------------------------------------------
 
 
+hostile = pytest.mark.usefixtures("unharmed")
+
+
 @contextlib.contextmanager
 def unconnectable(host, port):
     """An address that takes no connection and refuses none: whoever is served there
@@ -601,10 +604,12 @@ def side_by_side(dns, exchangers, relay):
     return side_by_side
 
 
+@hostile
 def test_silence(side_by_side):
     side_by_side([at(stage, stall_at=stage) for stage in STAGES], unconnectable)
 
 
+@hostile
 def test_silence_in_the_middle_of_the_message(pair):
     pair.bad.set(stall_at="BODY", extensions=())
     pair.good.set(extensions=())
@@ -631,6 +636,7 @@ NOISE = {
     "endless reply": b"250-Ok\r\n" * 5000}
 
 
+@hostile
 @pytest.mark.parametrize("stage", ["CONNECT", "EHLO", "."])
 @pytest.mark.parametrize("noise", NOISE)
 def test_noise(pair, noise, stage):
@@ -638,24 +644,66 @@ def test_noise(pair, noise, stage):
     assert pair.expect_next().words.startswith("4.4.2 no SMTP reply at ")
 
 
+@hostile
+@pytest.mark.parametrize("stage", STAGES + ["QUIT"])
+def test_noise_at_every_stage(dns, exchangers, relay, stage):
+    """All kinds side by side.  Behind the 250 none of them makes a difference."""
+    many = exchangers(len(NOISE))
+    for mx, noise in zip(many, NOISE.values()):
+        dns.mail(f"{mx.name}.net", (10, mx))
+        mx.set(**at(stage, replies={stage: noise}))
+    server = relay(mx_port=many[0].port)
+    send(server, *(f"b@{mx.name}.net" for mx in many))
+    found = [outcome(server, f"b@{mx.name}.net") for mx in many]
+    assert [out.status for out in found] == ["sent" if stage == "QUIT" else "later"] * len(many)
+    assert stage == "QUIT" or {out.words.rpartition(" at ")[0] for out in found} == {"4.4.2 no SMTP reply"}
+
+
+@hostile
 def test_endless_trickle(side_by_side):
     """The whole reply has its time, not each octet of it."""
-    side_by_side([{"replies": {stage: trickle(octets)}} for stage in ("CONNECT", "EHLO", "RCPT", ".")
-                  for octets in (b"250-Ok\r\n", b"2")])
+    side_by_side([at(stage, replies={stage: trickle(octets)}) for stage in STAGES for octets in (b"250-Ok\r\n", b"2")])
 
 
+@hostile
+@pytest.mark.parametrize("octets", [b"221-Bye\r\n", b"2"])
+def test_endless_trickle_behind_the_message(world, relay, tmp_path, octets):
+    """Nobody waits for the end of it: the message has arrived."""
+    world.exchanger.set(replies={"QUIT": trickle(octets)})
+    server = relay("-w", "1", mx_port=world.exchanger.port, spool=tmp_path / "other")
+    send(server, "b@example.net")
+    assert outcome(server, "b@example.net").status == "sent"
+    wait_for(lambda: world.exchanger.connections[0].closed)
+
+
+@hostile
 @pytest.mark.parametrize("stage", ["CONNECT", "EHLO", "MAIL", "."])
 def test_half_a_reply(pair, stage):
     pair.bad.set(replies={stage: b"250-Ok\r\n250"}, drop_after=stage)
     assert pair.expect_next().words.startswith("4.4.2 connection lost at ")
 
 
+@hostile
 def test_reply_before_the_command(pair):
     """It has changed its mind right behind the greeting."""
     pair.bad.set(replies={"CONNECT": b"220 mx1 ESMTP\r\n421 4.3.2 too busy\r\n"})
     assert pair.expect_next().words == "421 4.3.2 too busy"
 
 
+EARLY = {"CONNECT": b"220 mx\r\n250 mx\r\n", "EHLO": b"250 mx\r\n250 Ok\r\n", "HELO": b"250 mx\r\n250 Ok\r\n",
+         "MAIL": b"250 Ok\r\n250 Ok\r\n", "RCPT": b"250 Ok\r\n354 go ahead\r\n"}
+
+
+@hostile
+@pytest.mark.parametrize("stage", EARLY)
+def test_replies_to_what_was_not_said_yet(pair, stage):
+    """Who is ahead of the dialogue might say yes to a message that he was not sent."""
+    pair.bad.set(**at(stage, extensions=(), replies={stage: EARLY[stage]}))
+    assert pair.expect_next().words.startswith("4.4.2 a reply to nothing at ")
+    assert not pair.bad.messages
+
+
+@hostile
 def test_receipt_before_the_message(pair):
     """A 250 that was said before the message was sent does not say that it has arrived."""
     pair.bad.set(replies={"DATA": b"354 go ahead\r\n250 2.0.0 Ok\r\n"}, stall_at="BODY")
@@ -672,6 +720,7 @@ def test_terse_replies(world, end):
     assert (found.status, found.words) == ("sent", "250")
 
 
+@hostile
 def test_long_replies(world):
     """Lines as long as RFC 5321 4.5.3.1.5 allows, and many of them; of the words some are kept."""
     line = "x" * (512 - len("250-\r\n"))
@@ -683,6 +732,7 @@ def test_long_replies(world):
     assert found.status == "sent" and re.fullmatch("250 [x ]{400,600}", found.words)
 
 
+@hostile
 def test_words_are_made_harmless(world):
     """In the log and in the spool: no escapes, no 8-bit, no line ends."""
     world.exchanger.set(replies={"RCPT": b"451-4.7.1 \x1b[31m\xc3\xa9\0\x07\t!\rx\r\n451 (%s%n\x7f\r\n"})
@@ -691,6 +741,58 @@ def test_words_are_made_harmless(world):
     assert outcome(world.relay, "b@example.net").words == words
     path, = world.relay.queue()
     assert path.read_bytes().endswith(f" later <b@example.net> {label(world.exchanger)} {words}\r\n".encode())
+
+
+ESCAPES = b"\x1b]0;x\x07\x1b[2J\x9b31m\xc2\x9b" + bytes(octet for octet in range(256) if octet not in b"\r\n")
+
+
+@hostile
+@pytest.mark.parametrize("stage, code", [
+    *((stage, 451) for stage in STAGES), *((stage, 554) for stage in STAGES if stage != "EHLO"),
+    ("EHLO", 250), (".", 250), ("QUIT", 221)])
+def test_words_are_harmless_wherever_they_come_from(dns, exchangers, relay, stage, code):
+    """In the log of both dialogues, in the spool, and in the report."""
+    bad, good = exchangers(2)
+    dns.mail("example.net", (10, bad))
+    dns.mail("example.org", (10, good))
+    bad.set(**at(stage, replies={stage: b"%d-%b\r\n%d %%s%%n%b\r\n" % (code, ESCAPES, code, ESCAPES),
+                                 ("RCPT", "<c@example.net>"): "451 4.7.1 later"}))
+    server = relay("-v", mx_port=bad.port)
+    send(server, "b@example.net", "c@example.net", sender="nour@example.org")
+    assert outcome(server, "b@example.net").status == {"2": "sent", "4": "later", "5": "failed"}[str(code)[0]]
+    outcome(server, "c@example.net")
+    if code == 554:
+        report, = good.wait_for_messages(1)
+        assert re.fullmatch(rb"[ -~\r\n\t]*", report.raw) and b" 554 " in report.raw
+    if code == 221:
+        server.wait_for_log(" S: 221 ")
+    for path in server.queue():
+        assert re.fullmatch(rb"[ -~\r\n\t]*", path.read_bytes())
+    assert [line for line in server.log if not re.fullmatch("[ -~]*", line)] == []
+
+
+@hostile
+def test_a_try_has_an_end(dns, exchangers, relay):
+    """Though he who is sent to does something in time, again and again: after twenty times
+    -w it is over.  A process that does not keep to that is killed."""
+    def take_time(connection):
+        time.sleep(0.5)
+
+    slow, = exchangers(1)
+    dns.mail("example.net", (10, slow))
+    slow.set(extensions=(), replies={"RCPT": take_time})
+    server = relay("-w", "1", mx_port=slow.port)
+    processes = [wait_for(lambda: children(server.pid))[0]]     # the queue runner
+    for _ in range(2):
+        send(server, *(f"b{n}@example.net" for n in range(100)))
+        processes += wait_for(lambda: set(children(server.pid)) - set(processes))
+    os.kill(processes[2], signal.SIGSTOP)
+    wait_for(lambda: server.logged(" to=<b99@example.net> .* status=later "), timeout=60)
+    server.wait_for_log(rf"^process {processes[2]} killed: ", timeout=90)
+    assert not slow.messages
+    slow.set(replies={})
+    server.hangup_until(lambda: not server.queue())
+    assert [len(message.recipients) for message in slow.messages] == [100, 100]
 
 
 def test_delay_is_never_negative(world):
