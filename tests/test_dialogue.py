@@ -123,9 +123,14 @@ def test_help_is_answered(client):
     assert client.say("help MAIL").startswith("214 ")
 
 
+# RFC 5321 4.5.3.1.2.  A path has no room for it, but VRFY takes an address without < and >.
+LABELS = "a@" + ("x" * 63 + ".") * 3
+
+
 @pytest.mark.parametrize("argument, taken", [
     ("nour", True), ("nour@example.org", True), ("<nour@example.org>", True), ('"nour m"@example.org', True),
-    ("Postmaster", True), ("<@a.example:nour@example.org>", True),
+    ("Postmaster", True), ("<@a.example:nour@example.org>", True), (LABELS + "x" * 63, True),
+    (LABELS + "x" * 62 + ".x", False),
     ("", False), ("<nour@example.org", False), ("nour@", False), ("@example.org", False), ("nour m", False),
     ("nour@example..org", False), ("<>", False), ("nour@example.org>", False)])
 def test_vrfy_checks_the_syntax_and_verifies_nothing(client, argument, taken):

@@ -71,7 +71,8 @@ def arrived(exchanger, count=1):
 @pytest.mark.parametrize("false_end", [
     b"\n.\n", b"\n.\r\n", b"\r\n.\n", b"\r.\r", b"\r\n.\r", b"\r.\r\n", b"\n.\r", b"\r.\n", b"\n\r.\n\r", b"\n\r.\r\n",
     b"\r\r\n.\r\r\n", b"\r\n.\r\r\n", b"\r\n.\n\r\n", b"\r\n\r.\r\n", b"\r\n\n.\r\n", b"\r\n.\r\0\n", b"\r\0\n.\r\n",
-    b"\n\0.\r\n", b"\0\n.\n\0", b"\r\n.\0\n", b"\r\n\0.\n", b"\n.\n.\n.\n", b"\n..\n"])
+    b"\n\0.\r\n", b"\0\n.\n\0", b"\r\n.\0\n", b"\r\n\0.\n", b"\n.\n.\n.\n", b"\n..\n", b"\r\r.\r\r",
+    b"\n\n.\n\n", b"\r\0\n.\r\0\n", b"\r\n.\r\r\r\n"])
 def test_nothing_is_smuggled(server, pieces, false_end):
     """Refused once, at the real end, and nothing before it is taken for a command."""
     with server.client() as client, server.client() as pacer:
@@ -81,6 +82,22 @@ def test_nothing_is_smuggled(server, pieces, false_end):
         assert client.reply().startswith("252")
         assert client.say("DATA") == "503 5.5.1 Error: need MAIL command"
     assert server.tmp() == server.queue() == []
+
+
+@pytest.mark.parametrize("pieces", [whole, octets])
+@pytest.mark.parametrize("no_end", [
+    b"\r\n\0.\r\n", b"\r\n.\0\r\n", b"\0\r\n\0.\0\r\n\0", b"\r\n. \r\n", b"\r\n .\r\n", b"\r\n.\t\r\n", b"\r\n..\r\n",
+    b"\r\n.\x1a\r\n", b"\v.\v", b"\f.\f", b"\r\n\xae\r\n", b"\x8d\x8a.\x8d\x8a", "\x85.\x85".encode(),
+    "\u2028.\u2028".encode()])
+def test_what_only_looks_like_an_end(world, pieces, no_end):
+    """It has no bare CR or LF: it is text like other text, and one message arrives."""
+    content = b"Subject: x\r\n\r\ntext" + no_end + SMUGGLED + b"\r\n"
+    with world.relay.client() as client, world.relay.client() as pacer:
+        begin(client)
+        send_pieces(client, pacer, pieces(content + b".\r\n"))
+        assert client.reply().startswith(QUEUED)
+        assert client.say("DATA") == "503 5.5.1 Error: need MAIL command"
+    assert arrived(world.exchanger) == [stuffed(re.sub(rb"(\A|\r\n)\.", rb"\1", content))]
 
 
 @pytest.mark.parametrize("content", [
@@ -227,6 +244,23 @@ def test_dots_at_the_end_of_every_read(world):
         assert client.reply().startswith(QUEUED)
     expected = b"a\r\n..\r\n...b\r\nc\r\n0123456789abcdefg\r\n..0123456789abcdefg\r\n\r\n..\r\n"
     assert set(arrived(world.exchanger, len(DOTS) + 1)) == {expected}
+
+
+@pytest.mark.parametrize("said, sent", [
+    *((line, line) for line in (b"..\r\n", b"...\r\n", b"..x\r\n", b"\r\n..\r\n", b"x\r\n..\r\n", b"x.\r\n")),
+    (b".x\r\n", b"x\r\n"), (b".x\r\n..\r\n", b"x\r\n..\r\n")])
+def test_dots_wherever_a_block_ends(world, said, sent):
+    """65,536 octets are read, and sent, at once.  There are so many of the same few lines,
+    and shifted by so much, that each octet of theirs comes to stand at the end."""
+    count = 200000 // len(said)
+    with world.relay.client() as client:
+        for shift in range(len(said)):
+            begin(client).send(b"x" * shift + b"\r\n" + said * count + b".\r\n")
+            assert client.reply().startswith(QUEUED)
+    assert sorted(arrived(world.exchanger, len(said))) == sorted(
+        b"x" * shift + b"\r\n" + sent * count for shift in range(len(said)))
+    assert [message.reverse_path for message in world.exchanger.messages] == [
+        f"<a@example.org> SIZE={len(message.data)} BODY=8BITMIME" for message in world.exchanger.messages]
 
 
 def test_several_megabytes(world):

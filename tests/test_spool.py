@@ -238,6 +238,22 @@ def test_synced_renamed_synced_and_then_answered(waiting, strace):
     assert len(set(child)) == 1 and child[0] != server
 
 
+def test_what_is_there_already_is_never_written_to(waiting, strace):
+    """Not a file of the same name, not what a link leads to, and no FIFO is waited for."""
+    server = waiting.relay
+    with strace(server.pid, "trace=/^open") as trace:
+        server.send("b@example.net", sender="")
+        waiting.exchanger.stop()
+        server.outcomes("b@example.net")
+        server.hangup()
+        server.outcomes("b@example.net", count=2)
+        seen = trace()
+    flags = {directory: [set(found.split("|")) for found in re.findall(
+        rf'"{directory}/\d{{8}}T[^"]*", (\S+?)[,)]', seen)] for directory in ("tmp", "queue")}
+    assert all({"O_CREAT", "O_EXCL", "O_NOFOLLOW"} <= found for found in flags["tmp"]) and len(flags["tmp"]) == 1, seen
+    assert all({"O_NOFOLLOW", "O_NONBLOCK"} <= found for found in flags["queue"]) and flags["queue"], seen
+
+
 # ---- When the machine fails -------------------------------------------------------------------
 
 

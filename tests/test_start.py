@@ -2,6 +2,7 @@
 serves, and how it stops."""
 import contextlib
 import errno
+import fcntl
 import os
 import pwd
 import re
@@ -231,12 +232,17 @@ def test_an_address_that_is_not_ours(spool, address):
     assert address in refusal(1, "-p", 0, "-q", spool, "-h", HOSTNAME, "127.0.0.1", address)
 
 
+def own_directory(path):
+    """A new directory of whom the relay runs as."""
+    path.mkdir(mode=0o700)
+    os.chown(path, user().pw_uid, user().pw_gid)
+    return path
+
+
 @pytest.fixture
 def own_spool(spool):
     """An empty spool that the relay may use."""
-    spool.mkdir(mode=0o700)
-    os.chown(spool, user().pw_uid, user().pw_gid)
-    return spool
+    return own_directory(spool)
 
 
 def test_a_spool_that_is_there_already(own_spool, relay):
@@ -274,6 +280,29 @@ def test_a_spool_of_another_owner(spool):
     assert list(spool.iterdir()) == []
 
 
+@pytest.mark.parametrize("suffix", ["", "/"])
+def test_a_spool_that_is_a_link(own_spool, tmp_path, suffix):
+    """Who may change where it leads may say where mail is kept."""
+    link = tmp_path / "link"
+    link.symlink_to(own_spool)
+    assert str(link) in refusal(1, "-q", f"{link}{suffix}", *HERE)
+    assert list(own_spool.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["tmp", "queue"])
+@pytest.mark.parametrize("mode", [0o770, 0o702, 0o1777])
+def test_a_spool_whose_parts_others_may_write_to(own_spool, name, mode):
+    own_directory(own_spool / name).chmod(mode)
+    assert f"{own_spool}/{name}" in refusal(1, "-q", own_spool, *HERE)
+
+
+@needs_root
+@pytest.mark.parametrize("name", ["tmp", "queue"])
+def test_a_spool_whose_parts_are_somebody_elses(own_spool, name):
+    (own_spool / name).mkdir(mode=0o700)
+    assert f"{own_spool}/{name}" in refusal(1, "-q", own_spool, *HERE)
+
+
 @pytest.mark.parametrize("name", ["tmp", "queue", "lock"])
 def test_a_spool_whose_parts_are_elsewhere(own_spool, tmp_path, name):
     """A link is not followed, wherever it leads."""
@@ -308,23 +337,31 @@ def test_who_is_not_root_stays_who_he_is(spool):
 @needs_root
 @needs_proc
 @pytest.mark.parametrize("options, name", [((), None), (("-u", "daemon"), "daemon")])
-def test_root_is_given_up_for_good(relay, wrapped, options, name):
-    """By the queue runner, too: all four ids, and every group."""
+def test_root_is_given_up_for_good(world, relay, wrapped, tmp_path, options, name):
+    """By all its children, too, and theirs: all four ids, and every group."""
+    world.exchanger.set(stall_at="CONNECT")
+    world.dns.mail("example.org", (10, world.exchanger))
     groups = f"{sys.executable} -c 'import os, sys; os.setgroups([1, 2, 3]); os.execv(sys.argv[1], sys.argv[1:])'"
-    server = relay(*options, binary=wrapped(command=groups))
+    server = relay(*options, binary=wrapped(command=groups), mx_port=world.exchanger.port, spool=tmp_path / "other")
     becomes = pwd.getpwnam(name) if name else user()
-    wait_for(lambda: children(server.pid))
-    for pid in (server.pid, *children(server.pid)):
+    server.send("b@example.net", "b@example.org")
+    # The queue runner, the forwarder, and its children for two domains.
+    for pid in (server.pid, *wait_for(lambda: len(descendants(server.pid)) == 4 and descendants(server.pid))):
         status = process_status(pid)
         assert (status["Uid"], status["Gid"], status["Groups"]) == (
             [str(becomes.pw_uid)] * 4, [str(becomes.pw_gid)] * 4, [])
         assert int(status["CapEff"][0], 16) == int(status["CapPrm"][0], 16) == 0
 
 
+def descendants(pid):
+    return [each for child in children(pid) for each in (child, *descendants(child))]
+
+
 @contextlib.contextmanager
-def started(program, *arguments):
+def started(program, *arguments, **options):
     """Starts it, whatever becomes of its log: its process and its first port, as /proc tells it."""
-    process = subprocess.Popen([program, *map(str, arguments)], start_new_session=True, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen([program, *map(str, arguments)], start_new_session=True, stderr=subprocess.DEVNULL,
+                               **options)
     try:
         yield process, wait_for(lambda: listening_ports(process.pid), what="a listening socket")[0]
     finally:
@@ -332,11 +369,17 @@ def started(program, *arguments):
         process.wait()
 
 
-def listening_ports(pid):
-    sockets = set()
+def descriptors(pid):
+    """What the process has open, such as "socket:[4711]"."""
+    found = set()
     for path in Path(f"/proc/{pid}/fd").iterdir():
         with contextlib.suppress(OSError):
-            sockets.add(os.readlink(path))
+            found.add(os.readlink(path))
+    return found
+
+
+def listening_ports(pid):
+    sockets = descriptors(pid)
     rows = [line.split() for line in Path(f"/proc/{pid}/net/tcp").read_text().splitlines()[1:]]
     return [int(row[1].split(":")[1], 16) for row in rows if row[3] == "0A" and f"socket:[{row[9]}]" in sockets]
 
@@ -352,6 +395,55 @@ def test_a_standard_descriptor_that_is_closed_is_no_socket(wrapped, spool, close
         assert client.deliver("a@example.org", ["b@[127.0.0.1]"], "x").startswith(QUEUED)
         assert client.say("QUIT") == "221 2.0.0 OK"
         assert client.eof()
+
+
+@needs_proc
+@pytest.mark.parametrize("least, before", [(3, ":"), (500, ":"), (500, "ulimit -n 64")],
+                         ids=["low", "high", "beyond the limit"])
+def test_what_else_was_open_is_closed(wrapped, spool, least, before):
+    """Or whoever waits for the end of a pipe of his waits for that of the server."""
+    reading, writing = os.pipe()
+    inherited = fcntl.fcntl(writing, fcntl.F_DUPFD, least)
+    with started(wrapped(before), "-q", spool, *HERE, pass_fds=[inherited]) as (process, _):
+        os.close(writing)
+        os.close(inherited)
+        assert select.select([reading], [], [], 20)[0] and os.read(reading, 1) == b""
+        assert process.poll() is None
+    os.close(reading)
+
+
+@needs_proc
+def test_a_child_holds_nobodys_socket(world):
+    """A client who has said QUIT hears the end at once, however long his message is on its way."""
+    world.exchanger.set(stall_at="MAIL")
+    with world.relay.client() as client:
+        assert client.deliver("", ["b@example.net"], "x").startswith(QUEUED)
+        wait_for(lambda: world.exchanger.connections and "MAIL FROM:<>" in str(world.exchanger.connections[0].commands))
+        assert client.say("QUIT") == "221 2.0.0 OK"
+        assert client.eof()
+    held = [{name for name in descriptors(pid) if name.startswith("socket:")} for pid in children(world.relay.pid)]
+    assert sorted(map(len, held)) == [0, 1]         # the queue runner's, and the forwarder's to the exchanger
+    assert not set.union(*held) & descriptors(world.relay.pid)
+
+
+@pytest.mark.parametrize("how", ["signal.signal(number, signal.SIG_IGN)",
+                                 "signal.pthread_sigmask(signal.SIG_BLOCK, [number])"], ids=["ignored", "blocked"])
+def test_signals_that_its_parent_did_not_want(world, relay, wrapped, tmp_path, how):
+    """nohup ignores SIGHUP, a shell SIGINT, and many a program forgets what it has blocked."""
+    names = ["HUP", "INT", "TERM", "CHLD", "ALRM", "PIPE", "USR1", "XFSZ"]
+    program = (f"import os, signal, sys; [{how} for number in [{', '.join('signal.SIG' + name for name in names)}]]; "
+               "os.execv(sys.argv[1], sys.argv[1:])")
+    world.dns.mail("example.org", (10, world.exchanger))
+    world.exchanger.set(replies={("RCPT", "<b@example.org>"): ["451 4.7.1 later"]})
+    server = relay("-t", 1, binary=wrapped(command=f"{sys.executable} -c {shlex.quote(program)}"),
+                   mx_port=world.exchanger.port, spool=tmp_path / "other")
+    server.send("b@example.net", "b@example.org", sender="")        # two domains: two children of the forwarder
+    assert server.outcomes("b@example.net")[0].status == "sent"
+    server.hangup_until(lambda: not server.queue())
+    with server.client() as client:
+        assert client.reply().startswith("421 4.4.2 ")
+    server.expect_unharmed(loopback())
+    assert server.terminate() == 0
 
 
 # ---- Many clients ---------------------------------------------------------------------------------
