@@ -214,7 +214,8 @@ def test_time_has_to_be_earned(world, relay, tmp_path):
     strict = relay("-t", 2, "-m", 1000, spool=tmp_path / "strict")
     acts = {"commands": (server, say_noop), "transactions begun": (server, begin_and_reset),
             "a message's octets": (server, send_octet), "a message too big": (strict, send_line),
-            "a message": (server, send_line), "messages": (server, complete), "a command's octets": (server, send_octet)}
+            "a message": (server, send_line), "messages": (server, complete),
+            "a command's octets": (server, send_octet)}
     clients = {name: where.client() for name, (where, _) in acts.items()}
     for name in "a message's octets", "a message too big", "a message":
         begin(clients[name])
