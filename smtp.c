@@ -1501,9 +1501,14 @@ static void hear(struct session *s)
 static void serve_session(struct session *s, const fd_set *readable, const fd_set *writable)
 {
     int fd = s->phase == STORING ? s->pipe : s->fd;
+    bool ready = FD_ISSET(fd, readable) || FD_ISSET(fd, writable);
+    int64_t now = clock_ms();
 
-    if (s->phase == CLOSING && clock_ms() >= s->deadline) {
+    if (s->phase == CLOSING && now >= s->deadline) {
         s->phase = GONE;
+    } else if (s->phase < STORING && now >= (ready ? s->limit : s->deadline)) {
+        reply(s, "421 4.4.2 %s Error: timeout exceeded", settings.hostname);
+        start_closing(s);
     } else if (FD_ISSET(fd, writable)) {
         size_t before = s->out.size;
 
@@ -1518,9 +1523,6 @@ static void serve_session(struct session *s, const fd_set *readable, const fd_se
             converse(s, s->in.bytes, got_term ? 0 : s->in.size);
     } else if (FD_ISSET(fd, readable)) {
         hear(s);
-    } else if (s->phase < STORING && clock_ms() >= s->deadline) {
-        reply(s, "421 4.4.2 %s Error: timeout exceeded", settings.hostname);
-        start_closing(s);
     }
 }
 
