@@ -24,6 +24,17 @@ CLIENTS = 6
 LIFE = 0.6          # seconds a relay lives at most
 
 
+def message_id(message):
+    """The name that the relay gave it."""
+    return re.search(rb"\bid (\S+);", message.data)[1].decode()
+
+
+def was_hit(kills, messages):
+    """Whether the relay was killed between the arrivals of what should be one message."""
+    times = sorted(message.received for message in messages)
+    return all(any(first <= kill <= second for kill in kills) for first, second in zip(times, times[1:]))
+
+
 class Soak:
     """Rounds of a relay's life, and what came of the messages sent in them."""
 
@@ -116,14 +127,9 @@ class Soak:
                 for recipient in ["<a@example.net>", "<b@example.com>"][:1 + number % 2]]
         lost = [each for each in owed if each not in arrivals]
         duplicates = [each for each, messages in arrivals.items() if len(messages) > 1]
-        unexplained = [each for each in duplicates if not self._was_hit(logged, each[1], arrivals[each])]
+        unexplained = [each for each in duplicates
+                       if logged[message_id(arrivals[each][0]), each[1]] > 1 or not was_hit(self.kills, arrivals[each])]
         return lost, cut, duplicates, unexplained
-
-    def _was_hit(self, logged, recipient, messages):
-        id = re.search(rb"\bid (\S+);", messages[0].data)[1].decode()
-        times = sorted(message.received for message in messages)
-        return logged[id, recipient] <= 1 and all(
-            any(first <= kill <= second for kill in self.kills) for first, second in zip(times, times[1:]))
 
 
 def soak(spool, rounds):

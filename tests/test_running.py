@@ -1,0 +1,502 @@
+"""At home where it runs: the files of docs/running/ with the programs they are for,
+and what docs/running.md says.
+
+What needs an address that is not loopback's, or port 25, has a network of its own,
+which nothing outside sees.
+"""
+import contextlib
+import ctypes
+import fcntl
+import json
+import os
+import plistlib
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import termios
+import threading
+import time
+from collections import Counter, defaultdict
+from pathlib import Path
+
+import pytest
+
+from crash import message_id, was_hit
+from lab import BINARY, HOSTNAME, ROOT, Client, run, wait_for
+from test_access import CLONE_NEWNET
+from test_interop import program
+
+RUNNING = ROOT / "docs" / "running"
+GUIDE = (ROOT / "docs" / "running.md").read_text()
+INSTALLED = "/usr/local/sbin/smtp"      # where all files of docs/running/ have it
+F_GETPIPE_SZ = 1032                     # Linux; Python 3.10 has it
+
+PROXY, RELAYS = "192.0.2.10", ("192.0.2.11", "192.0.2.12", "192.0.2.13")    # as in haproxy.cfg
+CLIENT, STRANGER = "192.0.2.65", "203.0.113.9"
+LETTER = "Subject: %s\n\nDear Nour, This is me testing my server\n"
+
+
+@pytest.fixture
+def network():
+    """A network that this thread, and all that it starts, is in until the test is over."""
+    if os.geteuid() != 0:
+        pytest.skip("only root may make a network")
+    ip = program("ip")
+    libc = ctypes.CDLL(None, use_errno=True)
+    with open("/proc/thread-self/ns/net") as home:
+        if libc.unshare(CLONE_NEWNET) != 0:
+            pytest.skip(f"no network of our own: {os.strerror(ctypes.get_errno())}")
+        try:
+            subprocess.run([ip, "link", "set", "lo", "up"], check=True)
+            for address in (PROXY, *RELAYS, CLIENT, STRANGER):
+                subprocess.run([ip, "address", "add", f"{address}/32", "dev", "lo"], check=True)
+            yield
+        finally:
+            if libc.setns(home.fileno(), CLONE_NEWNET) != 0:
+                pytest.exit("there is no way back into the network of this machine")
+
+
+@pytest.fixture
+def start():
+    """start("sleep", 9): a process of a session of its own, ended with the test."""
+    def end(process):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+    with contextlib.ExitStack() as stack:
+        def make(*command, **options):
+            process = subprocess.Popen(list(map(str, command)), start_new_session=True,
+                                       **{"stdin": subprocess.DEVNULL, **options})
+            stack.callback(end, process)
+            return process
+        yield make
+
+
+def replaced(text, *changes):
+    for old, new in changes:
+        assert old in text
+        text = text.replace(old, str(new))
+    return text
+
+
+def listening_port(text):
+    found = re.search(r"listening on 127\.0\.0\.1:(\d+)$", text, re.MULTILINE)
+    return found and int(found[1])
+
+
+def exists(pid):
+    return Path(f"/proc/{pid}").exists()
+
+
+# ---- The files ---------------------------------------------------------------------------------
+
+
+def command_lines():
+    """What the files have the program do: (file, arguments)."""
+    for file in "smtp.service", "smtp.openbsd", "smtp.freebsd", "runit/run", "Containerfile":
+        line = re.search(r"(-q \S+ )?-h relay\.example\.org .*0\.0\.0\.0( ::)?", (RUNNING / file).read_text())
+        yield file, line[0].split()
+    job = plistlib.loads((RUNNING / "org.example.smtp.plist").read_bytes())
+    yield "org.example.smtp.plist", job["ProgramArguments"][1:]
+
+
+@pytest.mark.parametrize("file, arguments", command_lines())
+def test_options_are_such_as_there_are(file, arguments):
+    """A port that cannot be, behind all others, is complained of only when those are right."""
+    where = arguments.index("0.0.0.0")
+    ended = run(*arguments[:where], "-p", "x", *arguments[where:])
+    assert ended.returncode == 2 and ended.stderr.startswith("smtp: -p takes a number")
+
+
+@pytest.mark.parametrize("file", ["smtp.freebsd", "smtp.openbsd", "runit/run", "runit/log/run"])
+def test_shell_is_shell(file):
+    subprocess.run(["sh", "-n", RUNNING / file], check=True)
+
+
+def test_property_list_is_one():
+    job = plistlib.loads((RUNNING / "org.example.smtp.plist").read_bytes())
+    assert job["ProgramArguments"][0] == INSTALLED
+    assert job["AbandonProcessGroup"] is True and job["KeepAlive"] == {"SuccessfulExit": False}
+    assert job["SoftResourceLimits"] == {"NumberOfFiles": 1024}
+
+
+@pytest.fixture
+def syslog(tmp_path):
+    """What is sent to /dev/log elsewhere."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+        sock.bind(str(tmp_path / "syslog"))
+        sock.settimeout(20)
+        yield sock
+
+
+RC_SUBR = """
+load_rc_config() { smtp_enable=YES; }
+run_rc_command() { rc_flags=$smtp_flags; "$start_cmd"; }
+"""
+
+
+def test_rc_script_and_logger(syslog, spool, dns, tmp_path):
+    """As much of FreeBSD's rc.subr as the script's own start needs, and the real logger.
+    The pid in the file is the server's; logger ends by itself when nobody is left to log."""
+    arguments = re.search(r"\| logger (.*)$", GUIDE, re.MULTILINE)[1]
+    pids, logger = [tmp_path / "server.pid", tmp_path / "logger.pid"], tmp_path / "logger"
+    logger.write_text(f'#!/bin/sh\n[ "$*" = "{arguments}" ] || exit\necho $$ >{pids[1]}\n'
+                      f'exec {program("logger")} --socket {syslog.getsockname()} "$@"\n')
+    logger.chmod(0o700)
+    (tmp_path / "rc.subr").write_text(RC_SUBR)
+    script = replaced((RUNNING / "smtp.freebsd").read_text(), ("/etc/rc.subr", tmp_path / "rc.subr"),
+                      (INSTALLED, BINARY), ("/var/run/smtp.pid", pids[0]))
+    subprocess.run(["sh", "-c", script, "smtp", "start"], check=True, stdout=subprocess.DEVNULL,
+                   env={**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}",
+                        "smtp_flags": f"-p 0 -q {spool} -h {HOSTNAME} -n {dns.address} 127.0.0.1"})
+    said = syslog.recv(4096).decode()
+    server, logger = [int(path.read_text()) for path in pids]
+    try:
+        assert re.fullmatch(r"<22>.* smtp(\[\d+\])?: listening on 127\.0\.0\.1:\d+", said)  # mail.info: RFC 5424 6.2.1
+        with Client(listening_port(said)) as client:
+            os.kill(server, signal.SIGTERM)
+            assert client.reply().startswith("421 ")
+        wait_for(lambda: not exists(server) and not exists(logger), what="both ended")
+    finally:
+        if exists(server):
+            os.kill(server, signal.SIGKILL)
+
+
+# ---- systemd ------------------------------------------------------------------------------------
+
+
+def test_unit_is_right(tmp_path):
+    unit = tmp_path / "smtp.service"
+    unit.write_text(replaced((RUNNING / "smtp.service").read_text(), (INSTALLED, BINARY)))
+    said = subprocess.run([program("systemd-analyze"), "verify", "--man=no", unit], capture_output=True, text=True)
+    assert (said.returncode, said.stdout, said.stderr) == (0, "", "")
+
+
+def test_unit_exposes_little():
+    stated = float(re.search(r"exposure of ([\d.]+)", GUIDE)[1])
+    said = subprocess.run([program("systemd-analyze"), "security", "--offline=true", RUNNING / "smtp.service"],
+                          capture_output=True, text=True)
+    if "unrecognized option" in said.stderr:
+        pytest.skip("this systemd-analyze looks at no files")
+    assert float(re.search(r"exposure level for smtp.service: ([\d.]+)", said.stdout)[1]) <= stated
+
+
+def members(group):
+    """The system calls of one of systemd's groups, those of the groups in it included."""
+    said = subprocess.run([program("systemd-analyze"), "syscall-filter", group], capture_output=True, text=True, check=True)
+    words = [line.strip() for line in said.stdout.splitlines()[1:] if line.strip() and "#" not in line]
+    return {call for word in words for call in (members(word) if word[0] == "@" else [word])}
+
+
+@pytest.mark.skipif("SANITIZED" in os.environ, reason="strace and sanitizers do not go together")
+def test_unit_permits_all_that_it_calls(world, strace):
+    """From a client's connection to the removed file.  Those of a start as root are left out: the
+    unit's server is none."""
+    allowed, denied = [re.search(rf"^SystemCallFilter={sign}(@.*)$", (RUNNING / "smtp.service").read_text(), re.MULTILINE)[1]
+                       .split() for sign in ("", "~")]
+    permitted = set().union(*map(members, allowed)) - set().union(*map(members, denied))
+    with strace(world.relay.pid, "trace=all") as trace:
+        world.relay.send("b@example.net")
+        world.exchanger.wait_for_messages(1)
+        wait_for(lambda: not world.relay.queue(), what="the message removed")
+        called = set(re.findall(r"^\d+ +(\w+)\(", trace(), re.MULTILINE))
+    assert {"fsync", "connect", "sendto"} & called
+    assert called <= permitted
+
+
+# ---- runit --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def service(start, tmp_path, spool, dns, exchangers):
+    """The directory docs/running/runit under runsv: tell("down"), log(), and the exchanger of
+    example.net."""
+    runsv, sv = program("runsv"), program("sv")
+    exchanger, = exchangers(1)
+    dns.mail("example.net", (10, exchanger))
+    directory, logs = tmp_path / "service", tmp_path / "logs"
+    shutil.copytree(RUNNING / "runit", directory)
+    options = f"-p 0 -q {spool} -n {dns.address} -P {exchanger.port}"
+    for file, *changes in (("run", (INSTALLED, f"{BINARY} {options}"), ("0.0.0.0 ::", "127.0.0.1")),
+                           ("log/run", ("/var/log/smtp", logs))):
+        (directory / file).write_text(replaced((directory / file).read_text(), *changes))
+    start(runsv, directory)
+
+    def tell(command):
+        return subprocess.run([sv, "-w", "20", command, directory], stdout=subprocess.PIPE, text=True).stdout
+
+    def log():
+        return (logs / "current").read_text() if (logs / "current").exists() else ""
+    wait_for(lambda: listening_port(log()), what="the relay listening")
+    yield tell, log, exchanger
+    tell("down")
+
+
+def test_runit_starts_and_stops_it(service):
+    """A stop is for the server: its forwarder finishes, and logs."""
+    tell, log, exchanger = service
+    released = threading.Event()
+    exchanger.set(replies={".": lambda _: released.wait(20) and None})
+    with Client(listening_port(log())) as client:
+        assert client.deliver("nour@example.org", ["b@example.net"], LETTER % 1).startswith("250 ")
+        wait_for(lambda: exchanger.connections and ("C", ".") in exchanger.connections[0].transcript,
+                 what="the final dot at the exchanger")
+        assert "ok: down" in tell("down")
+        assert client.reply().startswith("421 ")
+    released.set()
+    wait_for(lambda: "status=sent" in log(), what="the message sent without a server")
+    assert "ok: run" in tell("up")
+    wait_for(lambda: log().count("listening on") == 2, what="the relay listening again")
+    os.kill(int(re.search(r"\(pid (\d+)\)", tell("status"))[1]), signal.SIGKILL)
+    wait_for(lambda: log().count("listening on") == 3, what="the relay started again")
+    assert len(exchanger.messages) == 1
+
+
+# ---- A container --------------------------------------------------------------------------------
+
+# What `podman run`, as the head of the Containerfile has it, makes of a root directory.  The
+# directories are mounted in a mount namespace that ends with it.  chroot is the price of doing
+# it by hand.
+CONTAINER = """#!/bin/sh
+exec unshare --mount sh -c 'mount --bind {root} {root} && mount -o remount,bind,ro {root} &&
+    mount --bind {volume} {root}{mount_point} &&
+    exec setpriv --no-new-privs --bounding-set=-all,+net_bind_service,+setuid,+setgid,+chown,+sys_chroot \\
+        chroot {root} {entry} "$@"' smtp "$@"
+"""
+
+
+@pytest.fixture(scope="module")
+def image(tmp_path_factory):
+    """What the Containerfile describes: the root directory, the volume, entry and command."""
+    program("musl-gcc")
+    root, source = [tmp_path_factory.mktemp(name) for name in ("root", "source")]
+    for path in [ROOT / "Makefile", *ROOT.glob("*.[ch]")]:
+        shutil.copy(path, source)
+    shutil.copytree(ROOT / "docs", source / "docs")
+    text = (RUNNING / "Containerfile").read_text()
+    make = re.search(r"^#   (make clean && make .*)$", text, re.MULTILINE)[1]
+    subprocess.run(make, shell=True, cwd=source, check=True, stdout=subprocess.DEVNULL)
+    said = defaultdict(list)
+    for line in re.findall("^[A-Z].*$", text, re.MULTILINE):
+        word, _, rest = line.partition(" ")
+        said[word].append(rest)
+    for come_from, to in map(str.split, said["COPY"]):
+        target = root / to.lstrip("/")
+        target.parent.mkdir(exist_ok=True)
+        shutil.copy(source / come_from, target)
+    volume, = said["VOLUME"]
+    (root / volume.lstrip("/")).mkdir(parents=True)
+    assert said["FROM"] == ["scratch"]
+    return root, volume, json.loads(said["ENTRYPOINT"][0]), json.loads(said["CMD"][0])
+
+
+def test_image_is_small_and_whole(image):
+    root, _, entry, command = image
+    files = {str(path.relative_to(root)): path.stat().st_size for path in root.rglob("*") if path.is_file()}
+    assert set(files) == {"smtp", "etc/passwd"}
+    assert sum(files.values()) <= 1000 * int(re.search(r"image is (\d+) KB", GUIDE)[1])
+    assert entry == ["/smtp"] and command == ["0.0.0.0"]
+
+
+def test_container_relays(network, image, dns, exchangers, relay, tmp_path):
+    """In a root directory that holds nothing else and may not be written to."""
+    root, mount_point, (entry,), command = image
+    for needed in "unshare", "setpriv", "chroot":
+        program(needed)
+    volume, script = tmp_path / "volume", tmp_path / "container"
+    volume.mkdir()
+    script.write_text(CONTAINER.format(root=root, volume=volume, mount_point=mount_point, entry=entry))
+    script.chmod(0o700)
+    exchanger, = exchangers(1)
+    dns.mail("example.net", (10, exchanger))
+    server = relay("-p", 25, binary=script, spool="/var/spool/smtp", mx_port=exchanger.port, addresses=command)
+    with Client(25) as client:
+        assert client.deliver("nour@example.org", ["b@example.net"], LETTER % 1).startswith("250 ")
+    exchanger.wait_for_messages(1)
+    wait_for(lambda: not list((volume / "smtp" / "queue").iterdir()), what="an empty queue")
+    assert (volume / "smtp").stat().st_uid == 25
+    status = Path(f"/proc/{server.pid}/status").read_text()
+    assert re.search(r"^Uid:\s*25\s+25\s+25\s+25$", status, re.MULTILINE)
+    assert re.search(r"^CapPrm:\s*0+$", status, re.MULTILINE)
+
+
+# ---- The log ------------------------------------------------------------------------------------
+
+
+def test_log_that_nobody_reads_stops_it_and_loses_nothing(start, spool, dns):
+    reader, writer = os.pipe()
+    start(BINARY, "-v", "-p", 0, "-q", spool, "-h", HOSTNAME, "-n", dns.address, "127.0.0.1", stderr=writer)
+    os.close(writer)
+    log, count = b"", 5000
+
+    def unread():
+        return int.from_bytes(fcntl.ioctl(reader, termios.FIONREAD, bytes(4)), sys.byteorder)
+
+    while not listening_port(log.decode()):
+        log += os.read(reader, 65536)
+    with Client(listening_port(log.decode())) as client:
+        client.send(b"NOOP\r\n" * count)
+        wait_for(lambda: unread() > fcntl.fcntl(reader, F_GETPIPE_SZ) - 4096, what="a full pipe")
+        while log.count(b" C: NOOP\n") < count:
+            log += os.read(reader, 65536)
+        assert {client.reply() for _ in range(count)} == {"250 2.0.0 Ok"}
+        os.close(reader)
+        assert client.say("NOOP") == "250 2.0.0 Ok"     # a reader that has gone is nobody's wait
+
+
+def test_log_file_can_be_copied_and_truncated(start, spool, dns, tmp_path):
+    """As logrotate's copytruncate does."""
+    log = tmp_path / "log"
+    start("sh", "-c", 'exec "$@" 2>>"$0"', log, BINARY, "-p", 0, "-q", spool, "-h", HOSTNAME, "-n", dns.address, "127.0.0.1")
+    port = wait_for(lambda: log.exists() and listening_port(log.read_text()), what="the relay listening")
+    os.truncate(log, 0)
+    with Client(port) as client:
+        client.say("FOO")
+        assert re.fullmatch(r"127\.0\.0\.1:\d+ refused: 500 .*\n", log.read_text())
+
+
+def test_health_check_leaves_no_trace(relay):
+    check = re.search(r"^    (printf .*)$", GUIDE, re.MULTILINE)[1]
+    program("nc")
+    server = relay()
+    check = replaced(check, ("127.0.0.1 25", f"127.0.0.1 {server.port}"))
+
+    def healthy():
+        return subprocess.run(["sh", "-c", check]).returncode == 0
+    assert healthy()
+    with server.client() as client:
+        client.say("FOO")
+    server.wait_for_log("refused: 500 ")
+    assert len(server.log) == 2 and server.logged("^listening on ")
+    server.terminate()
+    assert not healthy()
+
+
+# ---- Three relays behind HAProxy ----------------------------------------------------------------
+
+
+@pytest.fixture
+def relays(network, dns, exchangers, relay, tmp_path):
+    """relays("-a", CLIENT): the three of haproxy.cfg, and the two exchangers of example.net."""
+    def make(*options):
+        near = exchangers(2)
+        dns.mail("example.net", *((10, exchanger) for exchanger in near))
+        made = [relay("-p", 25, "-r", 1, "-w", 5, "-X", PROXY, *options, spool=tmp_path / address, addresses=[address],
+                      mx_port=near[0].port) for address in RELAYS]
+        return made, near
+    return make
+
+
+@pytest.fixture
+def haproxy(start, tmp_path):
+    """haproxy() starts it with haproxy.cfg; haproxy.checks() is how it finds each relay."""
+    path, control, more = program("haproxy"), tmp_path / "control", tmp_path / "more.cfg"
+    more.write_text(f"global\n    stats socket {control}\n")
+    files = ["-f", RUNNING / "haproxy.cfg", "-f", more]
+
+    def checks():
+        with socket.socket(socket.AF_UNIX) as sock:
+            sock.connect(str(control))
+            sock.sendall(b"show stat -1 4 -1 json\n")
+            with sock.makefile() as stream:
+                return [field["value"]["value"] for server in json.load(stream) for field in server
+                        if field["field"]["name"] == "check_status"]
+
+    def make():
+        subprocess.run([path, "-c", *files], check=True, stdout=subprocess.DEVNULL)
+        start(path, "-db", *files, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        wait_for(control.exists, what="HAProxy")
+    make.checks = checks
+    return make
+
+
+def test_haproxy_says_who_the_client_is(relays, haproxy):
+    made, near = relays("-a", PROXY, "-a", CLIENT)
+    haproxy()
+    wait_for(lambda: haproxy.checks() == ["L4OK"] * 3, what="HAProxy finding its relays well")
+    assert [len(relay.log) for relay in made] == [1, 1, 1]      # its checks leave no trace
+    with Client(25, PROXY, source=CLIENT) as client:
+        assert client.deliver("nour@example.org", ["b@example.net"], LETTER % 1).startswith("250 ")
+        received = f"from me.com ([{CLIENT}]:{client.local_port})".encode()
+    message, = wait_for(lambda: near[0].messages + near[1].messages, what="the message")
+    assert received in message.data
+    with Client(25, PROXY, source=STRANGER) as client:
+        assert client.greeting.startswith(f"554 5.7.1 {STRANGER} may not relay here")
+        assert client.eof()
+    wait_for(lambda: any(relay.logged(rf"^{STRANGER}:\d+ refused: 554 ") for relay in made), what="the refusal in a log")
+
+
+def test_haproxy_needs_an_a_for_its_checks(relays, haproxy):
+    made, _ = relays("-a", CLIENT)
+    haproxy()
+    made[0].wait_for_log(rf"^{PROXY}:\d+ refused: 554 ")
+
+
+class Sender:
+    """A client that says each message again until it is taken."""
+
+    def __init__(self):
+        self.taken = Counter()          # number: how many 250 it got
+        self.unanswered = Counter()     # number: how often its final dot got no answer
+
+    def send(self, number):
+        for _ in range(100):
+            with contextlib.suppress(OSError, AssertionError):
+                if self._try(number):
+                    self.taken[number] += 1
+                    return
+
+    def _try(self, number):
+        with Client(25, PROXY, source=CLIENT) as client:
+            for line in "HELO me.com", "MAIL FROM:<nour@example.org>", "RCPT TO:<b@example.net>", "DATA":
+                if client.say(line)[0] not in "23":
+                    return False
+            client.send((LETTER % number).replace("\n", "\r\n").encode() + b".\r\n")
+            self.unanswered[number] += 1
+            reply = client.reply()
+            self.unanswered[number] -= 1
+            return reply.startswith("250 ")
+
+
+def send_all(sender, numbers):
+    for number in numbers:
+        sender.send(number)
+
+
+def test_one_of_three_relays_killed_under_load(relays, haproxy):
+    """Clients notice no more than that they have to say it again.  Nothing that was acknowledged is
+    lost.  What arrives twice was hit between an exchanger's 250 and its record, or its client heard
+    no answer and gave it to another relay."""
+    made, near = relays("-a", PROXY, "-a", CLIENT)
+    haproxy()
+    sender, total = Sender(), 150
+    threads = [threading.Thread(target=send_all, args=(sender, range(i, total, 4))) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    wait_for(lambda: len(sender.taken) > total // 4, 60, "a quarter of the messages taken")
+    made[1].kill()
+    kills = [time.monotonic()]
+    wait_for(lambda: len(sender.taken) > total // 2, 60, "half of the messages taken")
+    made[1].start()
+    for thread in threads:
+        thread.join(120)
+    assert sender.taken == Counter(range(total))
+
+    def emptied():
+        for relay in made:
+            relay.hangup()
+        return not any(relay.queue() for relay in made)
+    wait_for(emptied, 60, "empty queues")
+    arrivals = defaultdict(lambda: defaultdict(list))
+    for message in near[0].messages + near[1].messages:
+        number = int(re.search(rb"Subject: (\d+)", message.data)[1])
+        arrivals[number][message_id(message)].append(message)
+    assert set(arrivals) == set(range(total))
+    for number, by_id in arrivals.items():
+        assert len(by_id) <= 1 + sender.unanswered[number]
+        assert all(was_hit(kills, messages) for messages in by_id.values())
+    assert all(relay.logged("status=sent") for relay in made)
