@@ -1,0 +1,36 @@
+"""What the documents name is there."""
+import re
+
+import pytest
+
+from lab import ROOT, run
+
+DOCS = sorted(ROOT.glob("docs/*.md")) + [ROOT / "README.md"]
+SOURCES = "".join((ROOT / name).read_text() for name in ("smtp.h", "smtp.c", "forward.c", "dns.c"))
+TESTS = "".join(path.read_text() for path in ROOT.glob("tests/**/test_*.py"))
+OPTIONS = sorted(set(re.findall(r"^  -(\w) ", run("-h").stderr, re.MULTILINE)) | {"l"})
+
+
+@pytest.mark.parametrize("path", DOCS, ids=lambda path: path.name)
+def test_tests_that_are_named_exist(path):
+    named = set(re.findall(r"\btest_\w+\b(?!\.py)", path.read_text()))
+    assert [name for name in sorted(named) if f"def {name}(" not in TESTS] == []
+
+
+@pytest.mark.parametrize("path", DOCS, ids=lambda path: path.name)
+def test_functions_that_are_named_exist(path):
+    """Those of ours: what is not in the source is a system's, and has no business in a page that names it alone."""
+    named = set(re.findall(r"\b([a-z_]+)\(\)", path.read_text()))
+    assert [name for name in sorted(named) if not re.search(rf"\b{name}\(", SOURCES)] == []
+
+
+@pytest.mark.parametrize("path", DOCS, ids=lambda path: path.name)
+def test_links_lead_somewhere(path):
+    links = re.findall(r"\]\(([^)#:]+)[^)]*\)", path.read_text())
+    assert [link for link in links if not (path.parent / link).exists()] == []
+
+
+def test_every_option_is_explained_everywhere():
+    readme = re.findall(r"^\| `-(\w)[ `]", (ROOT / "README.md").read_text(), re.MULTILINE)
+    manual = re.findall(r"^\.It Fl (\w)", (ROOT / "docs" / "smtp.8").read_text(), re.MULTILINE)
+    assert sorted(readme) == sorted(manual) == OPTIONS
