@@ -90,28 +90,90 @@ enum {
 
 /* ==== Names and times ==================================================== */
 
-/* Seconds since 1970 of a UTC date; no mktime(), which asks for the time zone. */
-static time_t utc_seconds(int year, int month, int day, int hour, int minute, int second)
+/* A date in UTC, as numbers.  The calendar is worked out here: mktime() asks for
+ * the time zone and strftime() for the locale, and both bring their tables along. */
+enum { YEAR, MONTH, DAY, HOUR, MINUTE, SECOND, DATE_NUMBERS };
+
+static const char date_letters[] = "YMDhms";
+
+#define ID_DATE "YYYYMMDDThhmmss"
+#define ISO_DATE "YYYY-MM-DDThh:mm:ssZ"
+
+/* Seconds since 1970 of a date. */
+static int64_t utc_seconds(const int date[DATE_NUMBERS])
 {
     /* Days before the year's March 1st, leap days counted; then the months
      * from March have 153 days in five. */
-    int64_t y = year - (month <= 2), m = (month + 9) % 12;
-    int64_t days = 365 * y + y / 4 - y / 100 + y / 400 + (153 * m + 2) / 5 + day - 719469;
+    int64_t y = date[YEAR] - (date[MONTH] <= 2), m = (date[MONTH] + 9) % 12;
+    int64_t days = 365 * y + y / 4 - y / 100 + y / 400 + (153 * m + 2) / 5 + date[DAY] - 719469;
 
-    return (time_t)(((days * 24 + hour) * 60 + minute) * 60 + second);
+    return ((days * 24 + date[HOUR]) * 60 + date[MINUTE]) * 60 + date[SECOND];
 }
 
-/* A date in UTC, for strftime().  Its names are English: no locale is ever set. */
-static const char *date_text(char text[64], const char *format, time_t when)
+/* The date of `when`: from a year that is surely not before it, down. */
+static void utc_date(time_t when, int date[DATE_NUMBERS])
 {
-    struct tm utc;
+    int64_t left;
 
-    strftime(text, 64, format, gmtime_r(&when, &utc));
+    date[YEAR] = (int)(1971 + when / 31556952);     /* the mean year's seconds */
+    date[MONTH] = date[DAY] = 1;
+    date[HOUR] = date[MINUTE] = date[SECOND] = 0;
+    while (utc_seconds(date) > when)
+        date[YEAR]--;
+    date[MONTH] = 12;
+    while (utc_seconds(date) > when)
+        date[MONTH]--;
+    left = when - utc_seconds(date);
+    date[DAY] += (int)(left / 86400);
+    date[HOUR] = (int)(left / 3600 % 24);
+    date[MINUTE] = (int)(left / 60 % 60);
+    date[SECOND] = (int)(left % 60);
+}
+
+/* Writes a date in a form such as ISO_DATE, which has a letter for each digit. */
+static const char *date_text(char text[DATE_SIZE], const char *form, time_t when)
+{
+    int date[DATE_NUMBERS];
+
+    utc_date(when, date);
+    for (size_t i = strlen(form) + 1; i-- > 0; ) {      /* the last digit of a number first */
+        const char *letter = memchr(date_letters, form[i], DATE_NUMBERS);
+        int *number = letter != NULL ? &date[letter - date_letters] : NULL;
+
+        text[i] = number != NULL ? (char)('0' + *number % 10) : form[i];
+        if (number != NULL)
+            *number /= 10;
+    }
     return text;
 }
 
-#define ISO_DATE "%Y-%m-%dT%H:%M:%SZ"
-#define MAIL_DATE "%a, %d %b %Y %H:%M:%S +0000"     /* RFC 5322 3.3 */
+/* Reads what begins with a date in such a form; 0 if it does not. */
+static time_t date_seconds(const char *text, const char *form)
+{
+    int date[DATE_NUMBERS] = { 0 };
+
+    for (; *form != '\0'; form++, text++) {
+        const char *letter = memchr(date_letters, *form, DATE_NUMBERS);
+
+        if (letter != NULL ? *text < '0' || *text > '9' : *text != *form)
+            return 0;
+        if (letter != NULL)
+            date[letter - date_letters] = date[letter - date_letters] * 10 + *text - '0';
+    }
+    return (time_t)utc_seconds(date);
+}
+
+const char *mail_date(char text[DATE_SIZE], time_t when)
+{
+    static const char days[] = "ThuFriSatSunMonTueWed";     /* with which 1970 began */
+    static const char months[] = "JanFebMarAprMayJunJulAugSepOctNovDec";
+    int date[DATE_NUMBERS];
+
+    utc_date(when, date);
+    snprintf(text, DATE_SIZE, "%.3s, %02d %.3s %04d %02d:%02d:%02d +0000", days + 3 * ((when / 86400 % 7 + 7) % 7),
+        date[DAY], months + 3 * (date[MONTH] - 1), date[YEAR], date[HOUR], date[MINUTE], date[SECOND]);
+    return text;
+}
 
 /* An id: 20261123T110819.123456-54321-1f3a, the time to the microsecond, the
  * client's port and our pid.  Within a process no two have the same time. */
@@ -120,25 +182,21 @@ static void make_id(char id[ID_SIZE], unsigned port)
     static int64_t last;
     struct timespec now;
     int64_t micros;
-    char date[64];
+    char date[DATE_SIZE];
 
     clock_gettime(CLOCK_REALTIME, &now);
     micros = (int64_t)now.tv_sec * 1000000 + now.tv_nsec / 1000;
     last = micros > last ? micros : last + 1;
-    snprintf(id, ID_SIZE, "%.20s.%06ld-%u-%lx", date_text(date, "%Y%m%dT%H%M%S", (time_t)(last / 1000000)),
+    snprintf(id, ID_SIZE, "%s.%06ld-%u-%lx", date_text(date, ID_DATE, (time_t)(last / 1000000)),
         (long)(last % 1000000), port, (unsigned long)getpid());
 }
 
 /* When a message with this id arrived; 0 if it is not one of our ids. */
 static time_t id_time(const char *id)
 {
-    int year, month, day, hour, minute, second;
-
-    if (strlen(id) >= ID_SIZE || strspn(id, "0123456789") != 8 || id[8] != 'T'
-        || strspn(id, "0123456789abcdefT.-") != strlen(id)
-        || sscanf(id, "%4d%2d%2dT%2d%2d%2d.", &year, &month, &day, &hour, &minute, &second) != 6)
+    if (strlen(id) >= ID_SIZE || strspn(id, "0123456789abcdefT.-") != strlen(id))
         return 0;
-    return utc_seconds(year, month, day, hour, minute, second);
+    return date_seconds(id, ID_DATE ".");
 }
 
 static void *allocate(void *old, size_t size)
@@ -563,22 +621,25 @@ static bool read_envelope(struct message *m)
 /* Applies one line from below the dot; returns its time, 0 if it is not one. */
 static time_t apply_outcome(struct message *m, char *line)
 {
-    int year, month, day, hour, minute, second, at = 0;
-    char *path, *end;
+    time_t when = date_seconds(line, ISO_DATE " ");
+    char *outcome, *path, *end;
     struct recipient *r;
 
-    if (sscanf(line, "%4d-%2d-%2dT%2d:%2d:%2dZ %n", &year, &month, &day, &hour, &minute, &second, &at) != 6
-        || at == 0 || (path = strstr(line + at, " <")) == NULL || (end = path_end(path + 2)) == NULL)
+    if (when == 0)
+        return 0;
+    outcome = line + sizeof ISO_DATE;
+    path = outcome + strcspn(outcome, " ");
+    if (strncmp(path, " <", 2) != 0 || (end = path_end(path + 2)) == NULL)
         return 0;
     *path = *end = '\0';
     r = find_recipient(m, path + 2);
     for (int i = LATER; i <= FAILED; i++)
-        if (r != NULL && end[1] == ' ' && strcmp(line + at, outcome_names[i]) == 0) {
+        if (r != NULL && end[1] == ' ' && strcmp(outcome, outcome_names[i]) == 0) {
             free(r->said);
             r->said = copy_text(end + 2);
             r->outcome = (enum outcome)i;
         }
-    return utc_seconds(year, month, day, hour, minute, second);
+    return when;
 }
 
 static void read_outcomes(struct message *m)
@@ -703,7 +764,7 @@ static void settle_all(struct recipient **to, size_t count, enum outcome outcome
  * memory that is the caller's. */
 static char *outcome_lines(const struct message *m, enum outcome outcome, size_t *size)
 {
-    char *text = NULL, now[64];
+    char *text = NULL, now[DATE_SIZE];
     FILE *lines = open_text(&text, size);
 
     date_text(now, ISO_DATE, wall_clock());
@@ -1727,11 +1788,11 @@ static void find_status(const char *words, char status[16])
 /* The failed recipients for a program to read: RFC 3464 2. */
 static void write_delivery_status(FILE *out, const struct message *m)
 {
-    char date[64], status[16];
+    char date[DATE_SIZE], status[16];
 
-    date_text(date, MAIL_DATE, id_time(m->id));
+    mail_date(date, id_time(m->id));
     fprintf(out, "Reporting-MTA: dns; %s\r\nArrival-Date: %s\r\n", settings.hostname, date);
-    date_text(date, MAIL_DATE, wall_clock());
+    mail_date(date, wall_clock());
     for (size_t i = 0; i < m->count; i++) {
         const struct recipient *r = &m->recipients[i];
         size_t name, relay;
@@ -1773,9 +1834,9 @@ static void write_header(FILE *out, const struct message *m)
  * from nobody (RFC 5321 4.5.5), so that there can be no report on it. */
 static void write_report(FILE *out, const struct message *m, const char *id)
 {
-    char date[64];
+    char date[DATE_SIZE];
 
-    date_text(date, MAIL_DATE, wall_clock());
+    mail_date(date, wall_clock());
     fprintf(out, "HELO %s\r\nMAIL FROM:<>\r\nRCPT TO:<%s>\r\nDATA\r\n", settings.hostname, m->reverse_path);
     fprintf(out, "Date: %s\r\nFrom: Mail relay <MAILER-DAEMON@%s>\r\nTo: <%s>\r\n", date, settings.hostname,
         m->reverse_path);

@@ -1069,19 +1069,16 @@ static void do_rcpt(struct session *s, const char *argument)
  * that could end the clause or begin a comment is left out of it. */
 static void do_data(struct session *s, const char *argument)
 {
-    char name[DOMAIN_LIMIT + 1], date[64], address[ADDRESS_TEXT];
-    time_t now = wall_clock();
-    struct tm utc;
+    char name[DOMAIN_LIMIT + 1], date[DATE_SIZE], address[ADDRESS_TEXT];
     size_t i;
 
     (void)argument;
     for (i = 0; s->helo[i] != '\0'; i++)
         name[i] = is_let_dig(s->helo[i]) || strchr(".-_:[]", s->helo[i]) != NULL ? s->helo[i] : '?';
     name[i] = '\0';
-    strftime(date, sizeof date, "%a, %d %b %Y %H:%M:%S +0000", gmtime_r(&now, &utc));
     if (!note(s, "DATA\r\nReceived: from %s ([%s%s]:%u)\r\n\tby %s with %s id %s;\r\n\t%s\r\n", name,
             s->peer.sa.sa_family == AF_INET6 ? "IPv6:" : "", address_text(&s->peer, address), s->port,
-            settings.hostname, s->extended ? "ESMTP" : "SMTP", s->tx->draft.id, date))
+            settings.hostname, s->extended ? "ESMTP" : "SMTP", s->tx->draft.id, mail_date(date, wall_clock())))
         return;
     s->tx->in_header = true;
     s->phase = DATA;

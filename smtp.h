@@ -38,6 +38,7 @@ enum {
     RECIPIENT_LIMIT = 1000, /* RCPTs in a transaction: 4.5.3.1.8 asks for 100 */
     ID_SIZE = 48,           /* a message's name in the spool, with its NUL */
     REPLY_SIZE = 512,       /* one reply, made a single line, with its NUL */
+    DATE_SIZE = 64,         /* a date as text, with its NUL */
     ADDRESS_TEXT = INET6_ADDRSTRLEN
 };
 
@@ -114,6 +115,12 @@ struct line {
  * `bytes`.  Where the end has not come yet, the text is all of them but a last
  * CR, whose meaning is still open. */
 struct line next_line(const char *bytes, size_t size, bool lf);
+
+/* ---- forward.c: dates --------------------------------------------------- */
+
+/* The date of `when` as a message has it (RFC 5322 3.3), in UTC and in English
+ * wherever we are, into `text`, which is returned. */
+const char *mail_date(char text[DATE_SIZE], time_t when);
 
 /* ---- forward.c: drafts, the messages that are still being received ----- */
 
