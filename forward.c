@@ -1922,19 +1922,16 @@ static size_t make_parties(struct message *m, struct recipient **order, struct p
     return count;
 }
 
-/* A child for one domain.  It holds a lock of its own, on the octet of its
- * number, while its parent keeps octet 0: if the parent is killed, nobody tries the message again before the
- * child is done, too.  What failed is left to the parent, who reports it before
- * it is recorded.  False: there is no process for it. */
-static bool start_party(struct message *m, const struct party *p, off_t number, struct draft *failures)
+/* What the child for one domain does.  It holds a lock of its own, on the octet
+ * of its number, while its parent keeps octet 0: if the parent is killed, nobody
+ * tries the message again before the child is done, too.  What failed is left to
+ * the parent, who reports it before it is recorded. */
+static void try_party(struct message *m, const struct party *p, off_t number, pid_t parent, struct draft *failures)
 {
-    pid_t parent = getpid(), pid = fork();
     bool reached;
     size_t size;
     char *text;
 
-    if (pid != 0)
-        return pid > 0;
     alarm((unsigned)(2 * try_limit()));
     if (!lock_octets(m->fd, F_WRLCK, number, 1) || getppid() != parent)
         _exit(1);
@@ -1946,6 +1943,16 @@ static bool start_party(struct message *m, const struct party *p, off_t number, 
     text = outcome_lines(m, FAILED, &size);
     draft_add(failures, text, size);
     _exit(reached ? FORWARD_DONE : FORWARD_UNREACHABLE);
+}
+
+/* False: there is no process for it. */
+static bool start_party(struct message *m, const struct party *p, off_t number, struct draft *failures)
+{
+    pid_t parent = getpid(), pid = fork();
+
+    if (pid == 0)
+        try_party(m, p, number, parent, failures);
+    return pid > 0;
 }
 
 /* What the children have recorded, and what they leave to be reported. */
