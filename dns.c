@@ -750,14 +750,18 @@ void dns_ask(const struct nameservers *servers, struct dns_query *queries, size_
 
 void dns_servers(const char *path, struct nameservers *servers)
 {
+    static const char blanks[] = " \t\r\n";
     FILE *file = fopen(path, "r");
-    char line[256], host[64];
+    char line[256];
 
     servers->count = 0;
-    while (file != NULL && servers->count < NAMESERVERS && fgets(line, sizeof line, file) != NULL)
-        if (sscanf(line, "nameserver %63s", host) == 1
-            && address_parse(host, DNS_PORT, &servers->server[servers->count]))
+    while (file != NULL && servers->count < NAMESERVERS && fgets(line, sizeof line, file) != NULL) {
+        const char *word = strtok(line, blanks);
+
+        if (word != NULL && strcmp(word, "nameserver") == 0 && (word = strtok(NULL, blanks)) != NULL
+            && address_parse(word, DNS_PORT, &servers->server[servers->count]))
             servers->count++;
+    }
     if (file != NULL)
         fclose(file);
     if (servers->count == 0) {      /* as libc does: the resolver on this host */

@@ -1770,19 +1770,24 @@ static void expire(const struct message *m, struct recipient **to, size_t count)
 
 /* ==== Reports ============================================================ */
 
-/* The status of RFC 3463 in an exchanger's words, or the general one. */
+/* The status of RFC 3463 2 in an exchanger's words, or the general one: class,
+ * subject and detail, of which the last two have up to three digits. */
 static void find_status(const char *words, char status[16])
 {
-    unsigned class, subject, detail;
-    int n = 0;
+    static const char digits[] = "0123456789";
+    size_t subject, detail;
 
-    if (strspn(words, "0123456789") == 3)
+    strcpy(status, "5.0.0");
+    if (strspn(words, digits) == 3)
         words += words[3] == ' ' ? 4 : 3;
-    if (sscanf(words, "%1u.%3u.%3u%n", &class, &subject, &detail, &n) == 3 && n >= 5
-        && (words[n] == ' ' || words[n] == '\0') && (class == 4 || class == 5))
-        snprintf(status, 16, "%u.%u.%u", class, subject, detail);
-    else
-        strcpy(status, "5.0.0");
+    if ((words[0] != '4' && words[0] != '5') || words[1] != '.')
+        return;
+    subject = strspn(words + 2, digits);
+    if (subject < 1 || subject > 3 || words[2 + subject] != '.')
+        return;
+    detail = strspn(words + 3 + subject, digits);
+    if (detail >= 1 && detail <= 3 && strchr(" ", words[3 + subject + detail]) != NULL)     /* a space, or the end */
+        snprintf(status, 16, "%.*s", (int)(3 + subject + detail), words);
 }
 
 /* The failed recipients for a program to read: RFC 3464 2. */

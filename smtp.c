@@ -596,12 +596,14 @@ static void take_due(void)
         return;
     size += (size_t)n;
     for (; (end = memchr(at, '\n', size - (size_t)(at - lines))) != NULL; at = end + 1) {
-        char id[ID_SIZE];
-        unsigned long lane;
+        char *space;
 
         *end = '\0';
-        if (sscanf(at, "%47s %lx", id, &lane) == 2)
-            add_waiting(id, (uint32_t)lane);
+        space = strchr(at, ' ');
+        if (space != NULL && space - at < ID_SIZE) {
+            *space = '\0';
+            add_waiting(at, (uint32_t)strtoul(space + 1, NULL, 16));
+        }
     }
     size -= (size_t)(at - lines);
     memmove(lines, at, size);
