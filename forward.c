@@ -965,7 +965,6 @@ static bool is_self(const union address *a, unsigned port)
 /* Adds an address to the route.  False: it is our own, and the list ends here. */
 static bool add_address(struct route *route, const char *name, unsigned preference, union address a, unsigned port)
 {
-    static const struct exchange fresh;
     char text[ADDRESS_TEXT];
     struct exchange *x = &route->x[route->count];
 
@@ -978,10 +977,7 @@ static bool add_address(struct route *route, const char *name, unsigned preferen
     for (size_t i = 0; i < route->count; i++)
         if (memcmp(&route->x[i].address, &a, address_size(&a)) == 0)
             return true;
-    *x = fresh;
-    x->fd = -1;
-    x->preference = preference;
-    x->address = a;
+    *x = (struct exchange){ .preference = preference, .address = a, .fd = -1 };
     snprintf(x->name, sizeof x->name, "%s", name);
     address_text(&a, text);
     snprintf(x->label, sizeof x->label, "%s[%s]", strcmp(name, text) == 0 ? "" : name, text);
