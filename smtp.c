@@ -1979,9 +1979,11 @@ static void listen_on(const char *name, unsigned port)
     settings.listening_count = listener_count;
 }
 
-/* Whom root becomes. */
+/* Whom root becomes: a user, or a number that is both user and group, for where
+ * there is nobody to ask for names, as in an empty chroot. */
 static const struct passwd *find_user(const char *name)
 {
+    static struct passwd nameless;
     const struct passwd *user;
 
     if (name != NULL) {
@@ -1991,9 +1993,15 @@ static const struct passwd *find_user(const char *name)
         if (user == NULL)
             user = getpwnam("nobody");
     }
+    if (user == NULL && name != NULL && *name >= '0' && *name <= '9') {
+        nameless.pw_uid = (uid_t)number('u', name, 1, INT_MAX);
+        nameless.pw_gid = (gid_t)nameless.pw_uid;
+        return &nameless;
+    }
     errno = 0;
     if (user == NULL)
-        die("no user %s to become: make one, or name one with -u", name != NULL ? name : "smtp or nobody");
+        die("no user %s to become: make one, or name one, or a number, with -u",
+            name != NULL ? name : "smtp or nobody");
     if (user->pw_uid == 0)
         die("%s is root itself: name another user with -u", user->pw_name);
     return user;
@@ -2003,7 +2011,7 @@ static const struct passwd *find_user(const char *name)
 static void drop_root(const struct passwd *user)
 {
     if (setgroups(0, NULL) != 0 || setgid(user->pw_gid) != 0 || setuid(user->pw_uid) != 0)
-        die("cannot become %s", user->pw_name);
+        die("cannot become uid %ld", (long)user->pw_uid);
     errno = 0;
     if (setuid(0) == 0 || getuid() == 0 || geteuid() == 0 || setgid(0) == 0)
         die("cannot give up being root");
