@@ -2102,9 +2102,11 @@ static void settle_descriptors(void)
     long limit = sysconf(_SC_OPEN_MAX);
     int fd;
 
-    do
+    do {
         fd = open("/dev/null", O_RDWR);
-    while (fd >= 0 && fd <= STDERR_FILENO);
+        if (fd < 0)     /* an empty chroot: there, what cannot be written to does as well */
+            fd = open("/", O_RDONLY);
+    } while (fd >= 0 && fd <= STDERR_FILENO);
     if (limit < 0 || limit > INHERITED)
         limit = INHERITED;
     for (fd = STDERR_FILENO + 1; fd < limit; fd++)
