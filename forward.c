@@ -290,12 +290,12 @@ void spool_enter(uid_t owner, gid_t group)
     /* Opened once, so that what root gives away below is what was looked at. */
     fd = open(settings.spool, O_RDONLY | O_DIRECTORY | O_NOFOLLOW);
     if (fd < 0 || fchdir(fd) != 0)
-        die("cannot enter the spool %s", settings.spool);
+        die("cannot enter the spool %s (-q names another)", settings.spool);
     if (made && geteuid() == 0 && fchown(fd, owner, group) != 0)
-        die("cannot give the spool %s to uid %ld", settings.spool, (long)owner);
+        die("cannot give the spool %s to uid %ld (-q names another)", settings.spool, (long)owner);
     close(fd);
     if (made && !sync_directory("..") && errno != EACCES)   /* EACCES: a parent we may pass, but not read */
-        die("cannot make the spool %s durable", settings.spool);
+        die("cannot make the spool %s durable (-q names another)", settings.spool);
     if (getcwd(path, sizeof path) == NULL)
         die("cannot tell the spool's path");
     settings.spool = path;
@@ -345,15 +345,15 @@ int spool_take(void)
 
     check_directory("");
     if (!make_directory("tmp") || !make_directory("queue"))
-        die("cannot make %s/tmp and %s/queue", settings.spool, settings.spool);
+        die("cannot make %s/tmp and %s/queue (-q names another spool)", settings.spool, settings.spool);
     check_directory("/tmp");
     check_directory("/queue");
     fd = open("lock", O_RDWR | O_CREAT | O_NOFOLLOW | O_NONBLOCK, 0600);
     if (fd < 0)
-        die("cannot open %s/lock", settings.spool);
+        die("cannot open %s/lock (-q names another spool)", settings.spool);
     if (fcntl(fd, F_SETLK, &lock) != 0) {
         if (errno != EACCES && errno != EAGAIN)
-            die("cannot lock %s/lock", settings.spool);
+            die("cannot lock %s/lock (-q names another spool)", settings.spool);
         errno = 0;
         die("another server holds the spool %s: stop it, or name another spool with -q", settings.spool);
     }
@@ -2304,7 +2304,7 @@ int list_queue(void)
     DIR *queue = chdir(settings.spool) == 0 ? opendir("queue") : NULL;
 
     if (queue == NULL)
-        die("cannot read the queue in %s", settings.spool);
+        die("cannot read the queue in %s (-q names another spool; its owner and root may)", settings.spool);
     while ((entry = readdir(queue)) != NULL) {
         if (id_time(entry->d_name) == 0)
             continue;

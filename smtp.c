@@ -1922,8 +1922,11 @@ static bool listen_at(union address *a)
             setsockopt(fd, IPPROTO_IPV6, IPV6_V6ONLY, &on, sizeof on);
     }
     if (fd < 0 || bind(fd, &a->sa, address_size(a)) != 0 || listen(fd, SOMAXCONN) != 0) {
+        if (errno == EACCES)
+            die("cannot listen on %s port %u (start as root, or name a port above 1023 with -p)",
+                address_text(a, text), address_port(a));
         if (errno != EADDRNOTAVAIL && errno != EAFNOSUPPORT)
-            die("cannot listen on %s port %u", address_text(a, text), address_port(a));
+            die("cannot listen on %s port %u (-p names another)", address_text(a, text), address_port(a));
         if (fd >= 0)
             close(fd);
         return false;
@@ -1958,7 +1961,7 @@ static void listen_on(const char *name, unsigned port)
     error = getaddrinfo(name, NULL, &hints, &all);
     errno = 0;
     if (error != 0)
-        die("%s: %s", name, gai_strerror(error));
+        die("%s is no address of this machine, such as localhost: %s", name, gai_strerror(error));
     for (a = all; a != NULL; a = a->ai_next) {
         union address *here = &bound[listener_count];
 
@@ -1974,7 +1977,7 @@ static void listen_on(const char *name, unsigned port)
     freeaddrinfo(all);
     errno = error;
     if (!listening)
-        die("cannot listen on %s port %u", name, port);
+        die("cannot listen on %s port %u (0.0.0.0 and :: are all addresses there are)", name, port);
     settings.listening = bound;
     settings.listening_count = listener_count;
 }
@@ -2011,7 +2014,7 @@ static const struct passwd *find_user(const char *name)
 static void drop_root(const struct passwd *user)
 {
     if (setgroups(0, NULL) != 0 || setgid(user->pw_gid) != 0 || setuid(user->pw_uid) != 0)
-        die("cannot become uid %ld", (long)user->pw_uid);
+        die("cannot become uid %ld (start as that user, and not as root)", (long)user->pw_uid);
     errno = 0;
     if (setuid(0) == 0 || getuid() == 0 || geteuid() == 0 || setgid(0) == 0)
         die("cannot give up being root");
