@@ -167,21 +167,21 @@ class Nameserver:
     and the like say of a name is for queries of every type, or of the one given.
     """
 
-    def __init__(self, host="127.0.0.1"):
+    def __init__(self, host="127.0.0.1", port=0):
         self.queries = []       # a Query for each that came, in order
         self._zone = {}         # name: {type: [value, ...]}
         self._alone = {}        # alias: whether its answer stops there
         self._ways = {}         # (way, name, type or None): how to answer oddly
         self._counting = threading.Lock()   # queries for A and AAAA come at once
-        self._udp, self._tcp = self._bind(host)
+        self._udp, self._tcp = self._bind(host, port)
         self.address = f"[{host}]:{self._tcp.port}" if ":" in host else f"{host}:{self._tcp.port}"
         self._udp.run()
         self._tcp.run()
 
-    def _bind(self, host):
+    def _bind(self, host, port):
         """UDP and TCP on one port; one that is free for both may take some tries."""
         for _ in range(50):
-            tcp = _TCPServer(host, 0, self._serve_tcp)
+            tcp = _TCPServer(host, port, self._serve_tcp)
             try:
                 return _UDPServer(host, tcp.port, self._serve_udp), tcp
             except OSError as error:

@@ -1,0 +1,89 @@
+"""The peers relay as peers.py says: what is compared with them stands on that."""
+import os
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+import lab
+import peers
+
+RELAYS = [name for name in peers.PEERS if name != "aiosmtpd"]
+
+
+@pytest.fixture
+def start():
+    """start("postfix", next_hop=...): a peer, or a skipped test where it is absent."""
+    with ExitStack() as stack:
+        def started(name, **settings):
+            try:
+                peer = stack.enter_context(peers.start(name, **settings))
+            except peers.Absent as reason:
+                pytest.skip(str(reason))
+            stack.callback(lambda: print(peer.log()))
+            return peer
+        yield started
+
+
+def send(peer):
+    with lab.Client(peer.port, peer.host) as client:
+        reply = client.deliver("nour@example.org", ["friend@example.net"], "Subject: x\n\nDear Nour\n")
+    assert reply.startswith("250 ")
+
+
+def arrived(exchanger):
+    message, = exchanger.wait_for_messages(1)
+    assert message.reverse_path.split()[0] == "<nour@example.org>"
+    assert message.recipients == ["<friend@example.net>"]
+    assert message.data.endswith(b"Dear Nour\r\n")
+
+
+@pytest.mark.parametrize("name", RELAYS)
+def test_relays_to_the_next_hop(start, exchangers, name):
+    exchanger, = exchangers(1)
+    peer = start(name, next_hop=(exchanger.host, exchanger.port))
+    send(peer)
+    arrived(exchanger)
+    assert peer.cpu() > 0
+    assert all(Path(f"/proc/{pid}").exists() for pid in peer.pids()[:1])
+
+
+@pytest.mark.parametrize("name", RELAYS)
+def test_relays_where_the_name_server_says(start, name):
+    if os.geteuid() != 0:
+        pytest.skip("only root may take the ports 53 and 25")
+    with ExitStack() as stack:
+        exchanger = lab.Exchanger(lab.loopback(), 25)
+        stack.callback(exchanger.stop)
+        dns = lab.Nameserver(lab.loopback(), 53)
+        stack.callback(dns.stop)
+        dns.mail("example.net", (10, exchanger))
+        dns.a("example.org", "192.0.2.1")       # the sender's domain
+        send(start(name, nameserver=dns.address.partition(":")[0]))
+        arrived(exchanger)
+        assert ("example.net", "MX") in [(query.name, query.type) for query in dns.queries]
+
+
+@pytest.mark.parametrize("name", ["smtp", "postfix", "opensmtpd", "exim"])
+def test_tries_again_when_it_is_told(start, exchangers, name):
+    exchanger, = exchangers(1)
+    exchanger.set(replies={"MAIL": ["451 4.7.1 greylisted"]})
+    peer = start(name, next_hop=(exchanger.host, exchanger.port))
+    send(peer)
+    lab.wait_for(lambda: any(c.closed for c in exchanger.connections if "MAIL" in str(c.commands)), what="a try")
+    # What it is told while it still writes down the first try is in vain.
+    lab.wait_for(lambda: exchanger.messages or not peer.flush(), what="another")
+    arrived(exchanger)
+
+
+def test_a_plain_server_takes_mail(start):
+    send(start("aiosmtpd"))
+
+
+def test_nothing_of_a_peer_is_left(start):
+    peer = start("postfix")
+    pids = peer.pids()
+    assert len(pids) > 1
+    peer.stop()
+    assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
+    assert not peer.directory.exists()
