@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 
 import lab
+import peers
 
 
 @pytest.fixture
@@ -107,6 +108,20 @@ def many_descriptors():
     resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, enough), hard))
     yield
     resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+@pytest.fixture
+def start_peer():
+    """start_peer("postfix", next_hop=...): a peer, or a skipped test where it is absent."""
+    with contextlib.ExitStack() as stack:
+        def start(name, **settings):
+            try:
+                peer = stack.enter_context(peers.start(name, **settings))
+            except peers.Absent as reason:
+                pytest.skip(str(reason))
+            stack.callback(lambda: print(peer.log()))
+            return peer
+        yield start
 
 
 @pytest.fixture

@@ -646,8 +646,13 @@ class Haraka(WorldPeer):
         shutil.copytree(self._opt() / "node_modules/Haraka/config", self.world.root / home / "config")
         self.write(f"{home}/config/plugins", "way\n")
         self.write(f"{home}/config/me", f"{lab.HOSTNAME}\n")
-        self.write(f"{home}/config/databytes", f"{SIZE}\n")
-        self.write(f"{home}/config/smtp.ini", f"listen={self.host}:{self.port}\n[headers]\nmax_lines=10000\n")
+        self.write(f"{home}/config/smtp.ini", f"listen={self.host}:{self.port}\n")
+        # Lines as long as RFC 5321 4.5.3.1.6 has them, with one dot more: it breaks what is longer.
+        limits = self.world.root / home / "config/connection.ini"
+        text = limits.read_text()
+        for name, value in (("max_lines", 10000), ("bytes", SIZE), ("data_line_length", 1001)):
+            text = re.sub(f"(?m)^{name}=.*", f"{name}={value}", text)
+        limits.write_text(text)
         # Exchangers on loopback are meant; as many at once as others may have.
         self.write(f"{home}/config/outbound.ini", "enable_tls=false\nlocal_mx_ok=true\nconcurrency_max=100\n")
         self.write(f"{home}/plugins/way.js", settings_text(

@@ -1,7 +1,7 @@
 """Programs that others wrote: how they are run, and what is sent through them.
 
 Where one of them is missing, the test that asks for it is skipped; tests/install
-sees to them all.
+sees to them all.  Other people's mail servers are in peers.py.
 """
 import contextlib
 import os
@@ -18,6 +18,7 @@ from typing import Callable, NamedTuple, Optional
 
 import pytest
 
+import peers
 from lab import HOSTNAME, TYPES, encode_name, header, loopback, wait_for
 
 # ---- Letters -----------------------------------------------------------------------
@@ -76,10 +77,10 @@ def deliver(relay, recipients, letter):
 
 def program(name):
     """The path of a program, or the end of a test that is nothing without it."""
-    found = shutil.which(name, path=os.environ.get("PATH", "") + ":/usr/local/sbin:/usr/sbin:/sbin")
-    if found is None:
-        pytest.skip(f"there is no {name} here")
-    return found
+    try:
+        return peers.program(name)
+    except peers.Absent as reason:
+        pytest.skip(str(reason))
 
 
 def finish(*command, input=None, **settings):

@@ -11,20 +11,6 @@ import peers
 RELAYS = [name for name in peers.PEERS if name != "aiosmtpd"]
 
 
-@pytest.fixture
-def start():
-    """start("postfix", next_hop=...): a peer, or a skipped test where it is absent."""
-    with ExitStack() as stack:
-        def started(name, **settings):
-            try:
-                peer = stack.enter_context(peers.start(name, **settings))
-            except peers.Absent as reason:
-                pytest.skip(str(reason))
-            stack.callback(lambda: print(peer.log()))
-            return peer
-        yield started
-
-
 def send(peer):
     with lab.Client(peer.port, peer.host) as client:
         reply = client.deliver("nour@example.org", ["friend@example.net"], "Subject: x\n\nDear Nour\n")
@@ -39,9 +25,9 @@ def arrived(exchanger):
 
 
 @pytest.mark.parametrize("name", RELAYS)
-def test_relays_to_the_next_hop(start, exchangers, name):
+def test_relays_to_the_next_hop(start_peer, exchangers, name):
     exchanger, = exchangers(1)
-    peer = start(name, next_hop=(exchanger.host, exchanger.port))
+    peer = start_peer(name, next_hop=(exchanger.host, exchanger.port))
     send(peer)
     arrived(exchanger)
     assert peer.cpu() > 0
@@ -49,7 +35,7 @@ def test_relays_to_the_next_hop(start, exchangers, name):
 
 
 @pytest.mark.parametrize("name", RELAYS)
-def test_relays_where_the_name_server_says(start, name):
+def test_relays_where_the_name_server_says(start_peer, name):
     if os.geteuid() != 0:
         pytest.skip("only root may take the ports 53 and 25")
     with ExitStack() as stack:
@@ -59,16 +45,16 @@ def test_relays_where_the_name_server_says(start, name):
         stack.callback(dns.stop)
         dns.mail("example.net", (10, exchanger))
         dns.a("example.org", "192.0.2.1")       # the sender's domain
-        send(start(name, nameserver=dns.address.partition(":")[0]))
+        send(start_peer(name, nameserver=dns.address.partition(":")[0]))
         arrived(exchanger)
         assert ("example.net", "MX") in [(query.name, query.type) for query in dns.queries]
 
 
 @pytest.mark.parametrize("name", ["smtp", "postfix", "opensmtpd", "exim"])
-def test_tries_again_when_it_is_told(start, exchangers, name):
+def test_tries_again_when_it_is_told(start_peer, exchangers, name):
     exchanger, = exchangers(1)
     exchanger.set(replies={"MAIL": ["451 4.7.1 greylisted"]})
-    peer = start(name, next_hop=(exchanger.host, exchanger.port))
+    peer = start_peer(name, next_hop=(exchanger.host, exchanger.port))
     send(peer)
     lab.wait_for(lambda: any(c.closed for c in exchanger.connections if "MAIL" in str(c.commands)), what="a try")
     # What it is told while it still writes down the first try is in vain.
@@ -76,12 +62,12 @@ def test_tries_again_when_it_is_told(start, exchangers, name):
     arrived(exchanger)
 
 
-def test_a_plain_server_takes_mail(start):
-    send(start("aiosmtpd"))
+def test_a_plain_server_takes_mail(start_peer):
+    send(start_peer("aiosmtpd"))
 
 
-def test_nothing_of_a_peer_is_left(start):
-    peer = start("postfix")
+def test_nothing_of_a_peer_is_left(start_peer):
+    peer = start_peer("postfix")
     pids = peer.pids()
     assert len(pids) > 1
     peer.stop()
