@@ -27,7 +27,7 @@ import pytest
 from crash import message_id, was_hit
 from lab import BINARY, HOSTNAME, ROOT, Client, run, wait_for
 from test_access import CLONE_NEWNET
-from test_interop import program
+from programs import program
 
 RUNNING = ROOT / "docs" / "running"
 GUIDE = (ROOT / "docs" / "running.md").read_text()
