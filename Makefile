@@ -19,6 +19,15 @@ crash: smtp
 	python3 tests/crash.py 300
 	CRASH=all sh tests/run tests/test_crash.py
 
+# Each fuzz target for so many seconds, with clang; and the corpus once, with any compiler.
+FUZZ_SECONDS = 60
+
+fuzz:
+	sh tests/fuzz/run fuzz $(FUZZ_SECONDS)
+
+fuzz-replay:
+	CC='$(CC)' sh tests/fuzz/run replay
+
 demo: smtp
 	python3 tests/demo.py
 
@@ -31,3 +40,4 @@ run: smtp
 
 clean:
 	rm -f smtp $(OBJECTS)
+	rm -rf tests/fuzz/build
