@@ -6,10 +6,27 @@ CFLAGS = -O2
 LDFLAGS =
 OBJECTS = smtp.o dns.o forward.o
 
+# Where to install; a DESTDIR goes before all of it.
+PREFIX = /usr/local
+SBINDIR = $(PREFIX)/sbin
+MANDIR = $(PREFIX)/share/man
+
 smtp: $(OBJECTS)
 	$(CC) $(LDFLAGS) -o smtp $(OBJECTS)
 
 $(OBJECTS): smtp.h
+
+# A program that runs keeps what it runs: hence the rm.
+install: smtp
+	mkdir -p $(DESTDIR)$(SBINDIR) $(DESTDIR)$(MANDIR)/man8
+	rm -f $(DESTDIR)$(SBINDIR)/smtp
+	cp smtp $(DESTDIR)$(SBINDIR)/smtp
+	chmod 755 $(DESTDIR)$(SBINDIR)/smtp
+	cp docs/smtp.8 $(DESTDIR)$(MANDIR)/man8/smtp.8
+	chmod 644 $(DESTDIR)$(MANDIR)/man8/smtp.8
+
+uninstall:
+	rm -f $(DESTDIR)$(SBINDIR)/smtp $(DESTDIR)$(MANDIR)/man8/smtp.8
 
 test: smtp
 	sh tests/run
@@ -27,6 +44,10 @@ fuzz:
 
 fuzz-replay:
 	CC='$(CC)' sh tests/fuzz/run replay
+
+# With all compilers, C libraries, makes and machines that can be had here.
+portability:
+	python3 tests/portability.py
 
 demo: smtp
 	python3 tests/demo.py

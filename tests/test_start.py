@@ -7,7 +7,7 @@ import os
 import pwd
 import re
 import select
-import shlex
+import shutil
 import signal
 import socket
 import stat
@@ -227,6 +227,18 @@ def test_a_taken_port(relay, tmp_path):
     assert not (tmp_path / "other").exists()
 
 
+def test_a_port_that_only_root_may_have(spool):
+    """The first that is not an ordinary one where the system says so."""
+    free = Path("/proc/sys/net/ipv4/ip_unprivileged_port_start")
+    if free.exists() and int(free.read_text()) <= 1:
+        pytest.skip("anybody may have any port here")
+    become = ["setpriv", "--reuid", "64321", "--clear-groups"] if ROOT else []
+    if become and (not shutil.which("setpriv") or subprocess.run([*become, BINARY, "-V"]).returncode != 0):
+        pytest.skip("nobody but root can start the program here")
+    line = refusal(1, "-p", 1, "-q", spool, "-h", HOSTNAME, "127.0.0.1", program=(*become, BINARY))
+    assert "127.0.0.1 port 1 " in line and os.strerror(errno.EACCES) in line and "-p" in line
+
+
 @pytest.mark.parametrize("address", ["192.0.2.1", "2001:db8::1"])
 def test_an_address_that_is_not_ours(spool, address):
     assert address in refusal(1, "-p", 0, "-q", spool, "-h", HOSTNAME, "127.0.0.1", address)
@@ -324,6 +336,20 @@ def test_a_spool_that_another_server_holds(relay, spool):
 def test_a_user_whom_root_cannot_become(spool, name):
     refusal(1, "-u", name, "-q", spool, *HERE)
     assert not spool.exists()
+
+
+@needs_root
+@pytest.mark.parametrize("number", ["0", "12x", "9" * 30])
+def test_a_number_that_is_no_user(spool, number):
+    assert "-u" in refusal(2, "-u", number, "-q", spool, *HERE)
+    assert not spool.exists()
+
+
+@needs_root
+def test_a_number_that_has_no_name(relay, spool):
+    with relay("-u", 64321).client() as client:
+        begin(client)
+    assert (spool.stat().st_uid, spool.stat().st_gid) == (64321, 64321)
 
 
 @pytest.mark.skipif(ROOT, reason="root may")
