@@ -115,12 +115,14 @@ class Group:
         return int((self.directory / "cpu.stat").read_text().split()[1]) / 1e6
 
     def remove(self):
-        """Once nothing runs in it, which the kernel may learn a moment later than we."""
+        """Ends all that still runs in it, which takes the kernel a moment."""
         def removed():
             with contextlib.suppress(OSError):
                 self.directory.rmdir()
             return not self.directory.exists()
         if self.directory:
+            with contextlib.suppress(OSError):      # where the system is older than that
+                (self.directory / "cgroup.kill").write_text("1")
             lab.wait_for(removed, what=f"nothing running in {self.directory}")
 
 
@@ -653,8 +655,10 @@ class Haraka(WorldPeer):
         for name, value in (("max_lines", 10000), ("bytes", SIZE), ("data_line_length", 1001)):
             text = re.sub(f"(?m)^{name}=.*", f"{name}={value}", text)
         limits.write_text(text)
-        # Exchangers on loopback are meant; as many at once as others may have.
-        self.write(f"{home}/config/outbound.ini", "enable_tls=false\nlocal_mx_ok=true\nconcurrency_max=100\n")
+        # Exchangers on loopback are meant, as many at once as others may have, and tried
+        # again soon: it cannot be told when one is back.
+        self.write(f"{home}/config/outbound.ini", "enable_tls=false\nlocal_mx_ok=true\nconcurrency_max=100\n"
+                   "temp_fail_intervals=20s*6,5m,15m,1h*120\n")
         self.write(f"{home}/plugins/way.js", settings_text(
             self.PLUGIN, host=host, port=port,
             register="this.register_hook('get_mx', 'way');" if self.next_hop else ""))

@@ -1,0 +1,832 @@
+"""The benchmark: this server beside others, on this machine, in one run.
+
+    make bench                                        all of it, in about half an hour
+    python3 tests/bench/bench.py --quick              in a few minutes, and roughly
+    python3 tests/bench/bench.py --only throughput,latency --peers smtp,postfix --rounds 5
+    python3 tests/bench/bench.py --json bench.json --text bench.txt --charts docs/bench
+
+The way of a message is client, relay, name server, sink, all on loopback.  The
+client is Postfix's smtp-source, the name server Unbound, with one domain, whose
+one exchanger is the sink.  The peers are started one at a time, in turns: every
+round goes through all of them, each round in another order, so that what else
+this machine does meets all alike.  What is shown are medians and ranges; what
+compares are ratios.
+
+The sink writes down every message by its id, which is its recipient.  After each
+run every message that was accepted has arrived once, or the run is no result and
+this program's exit status is 1.
+
+As root only: the exchangers' port is 25, the name server's 53, since not every
+peer can be told another; and see peers.py.
+
+Contents, to be read from the end:
+    The far end         the sink, the name server, and what is lost or comes twice
+    Clients             those that send, and those that do nothing
+    Processes           what they take
+    Measures            one function each
+    Results             tables and charts
+    The command
+"""
+import argparse
+import collections
+import contextlib
+import datetime
+import json
+import multiprocessing
+import os
+import platform
+import re
+import resource
+import signal
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))     # where the lab is
+
+import charts
+import lab
+import peers
+
+COMPARED = ("smtp", "postfix", "opensmtpd", "exim", "haraka")
+DOMAIN, DEAD_DOMAIN = "example.net", "example.com"
+SIZE = 4096                     # octets of a message's body
+LARGE = 10 * 1024 * 1024
+SESSIONS = (1, 5, 20, 100, 500)
+USUAL = 20                      # sessions, where only one number is tried
+IDLE = (1000, 5000, 20000)
+QUEUED = (100, 10000, 100000)
+FILLING = 150                   # seconds that a queue may take to fill
+HELD_BY_ONE = 5000              # idle clients that one process holds: descriptors are limited
+CLIENTS_AT_ADDRESS = 200        # below what any peer allows to one client address
+
+
+class Failed(Exception):
+    """A run that is no result, and why."""
+
+
+class Beyond(Exception):
+    """What this peer, or this machine, is not made for."""
+
+
+# ---- The far end -------------------------------------------------------------------
+
+
+class Arrival:
+    """A message at the sink."""
+
+    def __init__(self, line):
+        recipient, micros, octets = line.split()
+        self.time, self.octets = int(micros) / 1e6, int(octets)
+        # smtp-source -N puts a number before the recipient it is given.
+        number, self.run = re.match(r"(\d+)(\D\w*)@", recipient).groups()
+        self.number = int(number)
+
+
+def account(numbers, arrivals):
+    """Every message has arrived, and once."""
+    count = collections.Counter(arrival.number for arrival in arrivals)
+    lost = sum(number not in count for number in numbers)
+    twice = sum(times > 1 for times in count.values())
+    strange = len(set(count) - set(numbers))
+    if lost or twice or strange:
+        raise Failed(f"of {len(numbers)} messages {lost} lost, {twice} twice, {strange} never sent")
+
+
+class Sink:
+    """Takes all mail at an address, from start() to stop(), and knows what came."""
+
+    def __init__(self, directory, host, port):
+        self.host, self.port = host, port
+        self._binary = directory / "sink"
+        if not self._binary.exists():
+            subprocess.run(["cc", "-O2", "-o", self._binary, Path(__file__).with_name("sink.c")], check=True)
+        self._path = directory / f"arrivals-{host}"
+        self._path.touch()
+        self._stream = open(self._path, encoding="ascii")
+        self._part = ""                                 # a line that is not whole yet
+        self._runs = collections.defaultdict(list)      # run: its arrivals
+        self._process = None
+
+    def start(self):
+        with open(self._path, "ab") as output:
+            self._process = subprocess.Popen([self._binary, self.host, str(self.port)], stdin=subprocess.DEVNULL,
+                                             stdout=output)
+        lab.wait_for(self._listens, what="the sink listening")
+
+    def _listens(self):
+        if self._process.poll() is not None:
+            raise Failed("the sink does not start")
+        with contextlib.suppress(OSError):
+            socket.create_connection((self.host, self.port), 1).close()
+            return True
+        return False
+
+    def stop(self):
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+            self._process = None
+
+    def close(self):
+        self.stop()
+        self._stream.close()
+
+    def arrivals(self, run):
+        """What has come of a run so far."""
+        whole, _, self._part = (self._part + self._stream.read()).rpartition("\n")
+        for line in whole.splitlines():
+            arrival = Arrival(line)
+            self._runs[arrival.run].append(arrival)
+        return self._runs[run]
+
+    def wait(self, run, numbers, patience=60, remind=None):
+        """The arrivals of a run, each message once.  The patience is for the next one;
+        `remind` is called where none came for ten seconds."""
+        seen, since, reminded = -1, time.monotonic(), 0
+        while len(self.arrivals(run)) < len(numbers):
+            now = time.monotonic()
+            if len(self._runs[run]) > seen:
+                seen, since, reminded = len(self._runs[run]), now, 0
+            if now - since > patience:
+                break
+            if remind and now - since > 10 * (reminded + 1):
+                remind()
+                reminded += 1
+            time.sleep(0.002)
+        account(numbers, self._runs[run])
+        return self._runs[run]
+
+
+class Unbound:
+    """The name server: two domains, one exchanger each, and nothing else in the world."""
+
+    SETTINGS = """\
+server:
+    interface: {host}
+    port: 53
+    access-control: 127.0.0.0/8 allow
+    do-daemonize: no
+    username: ""
+    chroot: ""
+    directory: "{directory}"
+    pidfile: ""
+    use-syslog: no
+    module-config: "iterator"
+    local-zone: "." static
+{data}
+remote-control:
+    control-enable: no
+"""
+
+    def __init__(self, directory, **sinks):
+        self.host = lab.loopback()
+        data = "".join(f'    local-data: "{name} IN MX 10 mx.{name}"\n    local-data: "mx.{name} IN A {sink.host}"\n'
+                       for name, sink in sinks.items())
+        settings = directory / "unbound.conf"
+        settings.write_text(self.SETTINGS.format(host=self.host, directory=directory, data=data))
+        self._process = subprocess.Popen([peers.program("unbound"), "-d", "-c", settings], stdin=subprocess.DEVNULL,
+                                         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        lab.wait_for(self._answers, what="the name server's first answer")
+
+    def _answers(self):
+        query = lab.header(1, 0x0100) + lab.encode_name(DOMAIN) + b"\0\x0f\0\1"
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock, contextlib.suppress(OSError):
+            sock.settimeout(1)
+            sock.connect((self.host, 53))
+            sock.send(query)
+            return sock.recv(512)
+
+    def stop(self):
+        self._process.kill()
+        self._process.wait()
+
+
+# ---- Clients -----------------------------------------------------------------------
+
+
+def smtp_source(peer, run, count, sessions, domain=DOMAIN, size=SIZE, reuse=False):
+    """Sends `count` messages, one in each connection unless `reuse`; returns the seconds
+    until all have been accepted."""
+    command = [peers.program("smtp-source"), "-s", sessions, "-m", count, "-l", size, "-N", "-M", "client.example.org",
+               "-f", "bench@example.org", "-t", f"{run}@{domain}", *(["-d"] if reuse else []),
+               f"{peer.host}:{peer.port}"]
+    began = time.monotonic()
+    done = subprocess.run(list(map(str, command)), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                          stderr=subprocess.STDOUT, text=True, timeout=900)
+    if done.returncode != 0:
+        raise Failed(f"smtp-source: {done.stdout.strip()}")
+    return time.monotonic() - began
+
+
+LETTER = "Subject: one message\n\n" + ("x" * 63 + "\n") * (SIZE // 64)
+
+
+def one_message(peer, sink, run, number):
+    """Sends a message; returns the seconds from the connection's beginning to the 250,
+    and to its arrival at the sink."""
+    began = time.monotonic()
+    with lab.Client(peer.port, peer.host, timeout=60) as client:
+        reply = client.deliver("bench@example.org", [f"{number}{run}@{DOMAIN}"], LETTER)
+        replied = time.monotonic()
+        if not reply.startswith("250 "):
+            raise Failed(f"the final dot: {reply}")
+        client.say("QUIT")
+    arrivals = sink.wait(run, range(number + 1))
+    return replied - began, arrivals[-1].time - began
+
+
+def hold(host, port, first, count, pipe):
+    """In a process of its own: connects `count` clients, says how many, and holds them."""
+    clients = []
+    with contextlib.suppress(OSError):
+        for number in range(first, first + count):
+            third, fourth = divmod(number // CLIENTS_AT_ADDRESS, 250)
+            sock = socket.socket()
+            sock.settimeout(60)
+            sock.bind((f"127.77.{third}.{fourth + 1}", 0))
+            sock.connect((host, port))
+            for command in (b"", b"EHLO client.example.org\r\n"):
+                sock.sendall(command)
+                if not sock.recv(4096).startswith(b"2"):
+                    raise ConnectionRefusedError
+            clients.append(sock)
+    pipe.send(len(clients))
+    with contextlib.suppress(EOFError):
+        pipe.recv()         # holds them until the other end is gone
+
+
+class Crowd:
+    """Clients that have said EHLO, and nothing since."""
+
+    def __init__(self, peer):
+        self._peer = peer
+        self._count = 0
+        self._holders = []
+
+    def grow(self, count):
+        """To so many."""
+        started = []
+        while self._count < count:
+            number = min(HELD_BY_ONE, count - self._count)
+            here, there = multiprocessing.Pipe()
+            holder = multiprocessing.Process(target=hold, daemon=True,
+                                             args=(self._peer.host, self._peer.port, self._count, number, there))
+            holder.start()
+            there.close()
+            started.append((here, number))
+            self._holders.append((holder, here))
+            self._count += number
+        missing = sum(number - here.recv() for here, number in started)
+        if missing:
+            raise Beyond(f"serves {count - missing} of {count} idle clients")
+
+    def leave(self):
+        for holder, here in self._holders:
+            holder.kill()
+            holder.join()
+            here.close()
+
+
+# ---- Processes ---------------------------------------------------------------------
+
+
+def memory(pid, kind):
+    """Kilobytes of a process: "Rss", or "Pss", in which shared pages count by their share."""
+    with contextlib.suppress(OSError):
+        found = re.search(rf"^{kind}:\s+(\d+)", Path(f"/proc/{pid}/smaps_rollup").read_text(), re.M)
+        if found:
+            return int(found[1])
+    return 0            # it has just ended
+
+
+def memory_of_all(peer):
+    return sum(memory(pid, "Pss") for pid in peer.pids())
+
+
+def available_memory():
+    return int(re.search(r"MemAvailable:\s+(\d+)", Path("/proc/meminfo").read_text())[1])
+
+
+class Watch:
+    """Looks at a peer's memory, ten times a second, until the block ends."""
+
+    def __init__(self, peer):
+        self._peer = peer
+        self.one = self.all = 0         # kilobytes: the largest process, and all together
+        self._end = threading.Event()
+        self._thread = threading.Thread(target=self._watch)
+
+    def _watch(self):
+        while not self._end.wait(0.1):
+            pids = self._peer.pids()
+            self.one = max(self.one, *(memory(pid, "Rss") for pid in pids))
+            self.all = max(self.all, sum(memory(pid, "Pss") for pid in pids))
+
+    def __enter__(self):
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_):
+        self._end.set()
+        self._thread.join()
+
+
+def quiet(peer, patience=30):
+    """Waits until a peer rests: less than a hundredth of a processor for half a second."""
+    deadline, before = time.monotonic() + patience, peer.cpu()
+    while time.monotonic() < deadline:
+        time.sleep(0.5)
+        now = peer.cpu()
+        if now - before < 0.005:
+            return
+        before = now
+
+
+# ---- Measures ----------------------------------------------------------------------
+
+
+class Bench:
+    """What every measure needs, and what they have found."""
+
+    # The clients of a benchmark come from one address; a relay's do not.
+    OPTIONS = {"smtp": ("-c", "0")}
+
+    def __init__(self, directory, quick=False, resolver=True):
+        """Without `resolver`, mail goes straight to the sink, and no port below 1024 is taken."""
+        self.directory, self.quick = directory, quick
+        self.records, self.notes = [], []
+        self.round = self._runs = 0
+        self.sink, self.dead = (self._sink(resolver) for _ in range(2))     # dead: down until it is needed
+        self.dns = Unbound(directory, **{DOMAIN: self.sink, DEAD_DOMAIN: self.dead}) if resolver else None
+        self.sink.start()
+
+    def _sink(self, resolver):
+        host = lab.loopback()
+        with socket.create_server((host, 25 if resolver else 0)) as free:
+            return Sink(self.directory, host, free.getsockname()[1])
+
+    def close(self):
+        self.sink.close()
+        self.dead.close()
+        if self.dns:
+            self.dns.stop()
+
+    def start(self, name):
+        """The peer, sending to where the name server says, or straight to the sink."""
+        way = {"nameserver": self.dns.host} if self.dns else {"next_hop": (self.sink.host, self.sink.port)}
+        return peers.start(name, *self.OPTIONS.get(name, ()), directory=self.directory, **way)
+
+    def run(self):
+        """The name of the next run."""
+        self._runs += 1
+        return f"r{self._runs}"
+
+    def send(self, peer, count, sessions, **how):
+        """A run of smtp-source: its name, the numbers of its messages, and the seconds."""
+        run = self.run()
+        return run, range(1, count + 1), smtp_source(peer, run, count, sessions, **how)
+
+    def rate(self, peer, sessions=USUAL):
+        """Messages accepted in a second, roughly; the peer is warm after this."""
+        run, numbers, seconds = self.send(peer, max(100, sessions), sessions)
+        self.sink.wait(run, numbers)
+        return len(numbers) / seconds
+
+    def count(self, rate, seconds, most=20000):
+        """So many messages that they take about so many seconds."""
+        return max(10, min(most, round(rate * (seconds / 4 if self.quick else seconds))))
+
+    def record(self, peer, metric, at, value):
+        self.records.append({"peer": peer.name, "metric": metric, "at": at, "round": self.round, "value": value})
+
+    def note(self, text):
+        self.notes.append(text)
+        print(f"    {text}", file=sys.stderr, flush=True)
+
+
+def load(bench, peer, at, rate, sessions, metric=""):
+    """A run of messages, and what it took: metrics with `metric` before their names."""
+    quiet(peer)
+    cpu, began = peer.cpu(), time.monotonic()
+    run, numbers, seconds = bench.send(peer, bench.count(rate, 4), sessions)
+    last = max(arrival.time for arrival in bench.sink.wait(run, numbers))
+    quiet(peer)
+    bench.record(peer, metric + "accepted", at, len(numbers) / seconds)
+    bench.record(peer, metric + "delivered", at, len(numbers) / (last - began))
+    bench.record(peer, metric + "cpu", at, 1000 * (peer.cpu() - cpu) / len(numbers))
+
+
+def throughput(bench, peer):
+    """Messages a second, and processor time of each, as sessions grow."""
+    for sessions in (1, USUAL) if bench.quick else SESSIONS:
+        load(bench, peer, sessions, bench.rate(peer, sessions), sessions)
+
+
+def one_by_one(bench, peer, at, metric, most=30):
+    """Milliseconds of single messages, with nothing else to do."""
+    run, began, times = bench.run(), time.monotonic(), []
+    while len(times) < most and time.monotonic() - began < (2 if bench.quick else 8):
+        times.append(one_message(peer, bench.sink, run, len(times)))
+    for name, values in zip(("reply", "arrival"), zip(*times)):
+        bench.record(peer, metric + name, at, 1000 * statistics.median(values))
+
+
+def latency(bench, peer):
+    """How long one message takes when there is no other."""
+    bench.rate(peer)
+    quiet(peer)
+    one_by_one(bench, peer, 0, "latency ")
+
+
+def large(bench, peer):
+    """Messages of 10 MB, four at a time."""
+    run, numbers, seconds = bench.send(peer, 4, 4, size=LARGE)
+    bench.sink.wait(run, numbers)
+    with Watch(peer) as watch:
+        began = time.monotonic()
+        run, numbers, _ = bench.send(peer, bench.count(4 / seconds, 5, 100), 4, size=LARGE)
+        last = max(arrival.time for arrival in bench.sink.wait(run, numbers))
+    bench.record(peer, "large rate", 0, len(numbers) * LARGE / 1e6 / (last - began))
+    bench.record(peer, "large one process", 0, watch.one / 1024)
+    bench.record(peer, "large all processes", 0, watch.all / 1024)
+
+
+def drained(bench, peer, sink, run, numbers, at, metric):
+    """Messages a second, from the first that arrives; the wait for that one is its own figure."""
+    cpu, began = peer.cpu(), time.monotonic()
+    if not peer.flush():
+        bench.note(f"{peer.name}: cannot be told that the next hop is back, and finds out by itself")
+    arrivals = sink.wait(run, numbers, 180, peer.flush)     # who was being tried has missed the first flush
+    quiet(peer)
+    times = sorted(arrival.time for arrival in arrivals)
+    bench.record(peer, metric, at, (len(times) - 1) / (times[-1] - times[0]))
+    bench.record(peer, metric + " wait", at, times[0] - began)
+    bench.record(peer, metric + " cpu", at, 1000 * (peer.cpu() - cpu) / len(times))
+
+
+def drain(bench, peer):
+    """How fast a backlog leaves when the next hop is back."""
+    rate = bench.rate(peer)
+    quiet(peer)
+    bench.sink.stop()
+    try:
+        run, numbers, _ = bench.send(peer, bench.count(rate, 15, 3000), USUAL, reuse=True)
+        quiet(peer)
+    finally:
+        bench.sink.start()
+    drained(bench, peer, bench.sink, run, numbers, 0, "drain")
+
+
+def queue(bench, peer):
+    """Fresh mail while a queue waits for another domain, and how that queue drains."""
+    rate = bench.rate(peer)
+    for length in (100, 500) if bench.quick else QUEUED:
+        if length / rate > FILLING:
+            raise Beyond(f"a queue of {length} would take {length / rate:.0f} s to fill")
+        run, numbers, _ = bench.send(peer, length, USUAL, domain=DEAD_DOMAIN, reuse=True)
+        load(bench, peer, length, rate, USUAL, "queue ")
+        bench.dead.start()
+        try:
+            drained(bench, peer, bench.dead, run, numbers, length, "queue drain")
+        finally:
+            bench.dead.stop()
+
+
+def idle(bench, peer):
+    """What clients cost that do nothing, and how long a message takes beside them."""
+    bench.rate(peer)
+    quiet(peer)
+    one_by_one(bench, peer, 0, "crowded ", 20)
+    crowd, before, each = Crowd(peer), memory_of_all(peer), 0
+    try:
+        for count in (200, 1000) if bench.quick else IDLE:
+            if count * each > 0.7 * available_memory():
+                raise Beyond(f"{count} idle clients would take {count * each / 1024 ** 2:.0f} GiB")
+            crowd.grow(count)
+            quiet(peer)
+            each = (memory_of_all(peer) - before) / count
+            bench.record(peer, "idle", count, each)
+            one_by_one(bench, peer, count, "crowded ", 20)
+    finally:
+        crowd.leave()
+
+
+def syncs(bench, peer):
+    """Syncs of a message that come before its 250, and in all."""
+    bench.rate(peer)
+    quiet(peer)
+    trace, count, run, spans = bench.directory / "trace", 10, bench.run(), []
+    pids = [option for pid in peer.pids() for option in ("-p", str(pid))]
+    tracer = subprocess.Popen([peers.program("strace"), "-f", "-ttt", "-e", "trace=fsync,fdatasync,sync,syncfs,msync",
+                               "-o", trace, *pids], stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    try:
+        for _ in range(len(pids) // 2):
+            if "attached" not in tracer.stderr.readline():
+                raise Beyond("strace cannot attach to it")
+        for number in range(count):
+            began = time.time()
+            reply, _ = one_message(peer, bench.sink, run, number)
+            spans.append((began, began + reply))
+            quiet(peer)
+    finally:
+        tracer.terminate()
+        tracer.communicate()
+    calls = [float(line.split()[1]) for line in trace.read_text().splitlines() if re.search(r"sync\w*\(", line)]
+    bench.record(peer, "syncs before 250", 0, sum(any(a <= at <= b for a, b in spans) for at in calls) / count)
+    bench.record(peer, "syncs", 0, len(calls) / count)
+
+
+# Name: how it is measured, and whether in every round.  What hardly varies, and takes
+# long, is measured in the first.
+MEASURES = {
+    "throughput": (throughput, True),
+    "latency": (latency, True),
+    "large": (large, True),
+    "drain": (drain, True),
+    "syncs": (syncs, False),
+    "idle": (idle, False),
+    "queue": (queue, False),
+}
+
+
+def measure(bench, name, peer_name):
+    """One measure of one peer, started for it alone.  False: it is no result."""
+    print(f"round {bench.round + 1}: {name}: {peer_name}", file=sys.stderr, flush=True)
+    try:
+        with bench.start(peer_name) as peer:
+            MEASURES[name][0](bench, peer)
+    except (peers.Absent, Beyond) as why:
+        bench.note(f"{peer_name}: {name}: {why}")
+    except (Failed, AssertionError, subprocess.TimeoutExpired) as why:
+        bench.note(f"{peer_name}: {name}: NO RESULT: {why}")
+        return False
+    return True
+
+
+def measure_all(bench, names, peer_names, rounds):
+    """True: in all runs every message arrived once."""
+    well = True
+    for bench.round in range(rounds):
+        for name in names:
+            if bench.round > 0 and not MEASURES[name][1]:
+                continue
+            turn = bench.round % len(peer_names)
+            for peer_name in peer_names[turn:] + peer_names[:turn]:
+                well = measure(bench, name, peer_name) and well
+    return well
+
+
+def sync_some(directory, number):
+    """As a server stores a message: written, synced, renamed, and the name synced."""
+    parent = os.open(directory, os.O_RDONLY)
+    for i in range(100):
+        path = directory / f"sync-{number}-{i}"
+        fd = os.open(path, os.O_WRONLY | os.O_CREAT)
+        os.write(fd, b"x" * SIZE)
+        os.fsync(fd)
+        os.close(fd)
+        os.rename(path, f"{path}-stored")
+        os.fsync(parent)
+        os.unlink(f"{path}-stored")
+
+
+def sync_rate(directory, processes):
+    """Files a second that the disk takes so from as many processes."""
+    workers = [multiprocessing.Process(target=sync_some, args=(directory, i)) for i in range(processes)]
+    began = time.monotonic()
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    return round(100 * processes / (time.monotonic() - began))
+
+
+def surroundings(directory):
+    """What the figures depend on."""
+    model = re.search(r"^model name\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.M)
+    disk = subprocess.run(["df", "--output=fstype", directory], stdout=subprocess.PIPE, text=True, check=True)
+    return {
+        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+        "command": " ".join(["python3", "tests/bench/bench.py", *sys.argv[1:]]),
+        "machine": f"{os.cpu_count()} x {model[1] if model else platform.machine()}",
+        "memory": f"{os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') / 2 ** 30:.0f} GiB",
+        "system": f"{platform.system()} {platform.release()}",
+        "disk": disk.stdout.split()[-1],
+        "load before": round(os.getloadavg()[0], 2),
+        "files stored a second by one process": sync_rate(directory, 1),
+        "files stored a second by twenty": sync_rate(directory, 20),
+    }
+
+
+def versions(peer_names):
+    found = {}
+    for name in peer_names:
+        try:
+            with peers.start(name) as peer:
+                found[name] = peer.version()
+        except peers.Absent as why:
+            found[name] = f"absent: {why}"
+    return found
+
+
+# ---- Results -----------------------------------------------------------------------
+
+
+class Results:
+    """The records, by what they are about."""
+
+    def __init__(self, records):
+        self._values = collections.defaultdict(list)
+        for record in records:
+            self._values[record["peer"], record["metric"], record["at"]].append(record["value"])
+        self.peers = [name for name in COMPARED if any(peer == name for peer, _, _ in self._values)]
+
+    def values(self, peer, metric, at):
+        return self._values.get((peer, metric, at), [])
+
+    def ats(self, metric):
+        return sorted({at for _, name, at in self._values if name == metric})
+
+    def lines(self, metric):
+        """For a chart: each peer's medians.  What nothing grows for is at 0, and no part of it."""
+        series = {peer: [(at, statistics.median(self.values(peer, metric, at)))
+                         for at in self.ats(metric) if at > 0 and self.values(peer, metric, at)] for peer in self.peers}
+        return {peer: line for peer, line in series.items() if line}
+
+    def bars(self, metric):
+        """For a chart: each peer's median, least and most."""
+        found = {peer: self.values(peer, metric, 0) for peer in self.peers}
+        return {peer: (statistics.median(values), min(values), max(values)) for peer, values in found.items() if values}
+
+
+# Title, metric, and at what, of the summary's lines; None: at all that were tried.
+SUMMARY = [
+    ("accepted /s", "accepted", USUAL),
+    ("delivered /s", "delivered", USUAL),
+    ("CPU ms per message", "cpu", USUAL),
+    ("syncs before the 250", "syncs before 250", 0),
+    ("syncs per message", "syncs", 0),
+    ("one message, ms to the 250", "latency reply", 0),
+    ("one message, ms to its arrival", "latency arrival", 0),
+    ("KB per idle client", "idle", None),
+    ("one message beside them, ms to its arrival", "crowded arrival", None),
+    ("backlog drained /s", "drain", 0),
+    ("CPU ms per drained message", "drain cpu", 0),
+    ("seconds until it begins", "drain wait", 0),
+    ("10 MB messages, MB/s", "large rate", 0),
+    ("largest process then, MB", "large one process", 0),
+    ("all processes then, MB", "large all processes", 0),
+]
+
+# Title, what grows, and the columns.
+GROWTH = [
+    ("By sessions", "sessions", [("accepted /s", "accepted"), ("delivered /s", "delivered"), ("CPU ms", "cpu")]),
+    ("By messages that wait for another domain", "waiting", [
+        ("accepted /s", "queue accepted"), ("delivered /s", "queue delivered"), ("CPU ms", "queue cpu"),
+        ("drained /s", "queue drain"), ("drain CPU ms", "queue drain cpu")]),
+]
+
+# File, title, labels of x and y, metric, and whether by the logarithm of y.
+LINE_CHARTS = [
+    ("accepted", "Accepted, by sessions", "sessions", "messages/s", "accepted", False),
+    ("delivered", "Delivered, by sessions", "sessions", "messages/s", "delivered", False),
+    ("cpu", "Processor time of a message, by sessions", "sessions", "ms", "cpu", True),
+    ("idle", "Memory of an idle client", "clients", "KB", "idle", True),
+    ("crowded", "One message beside idle clients", "clients", "ms to its arrival", "crowded arrival", True),
+    ("queue", "Accepted while a queue waits", "waiting messages", "messages/s", "queue accepted", False),
+    ("queue-drain", "Drained, by length of the queue", "waiting messages", "messages/s", "queue drain", False),
+]
+BAR_CHARTS = [      # file, title, label, metric
+    ("latency", "One message, and nothing else to do", "ms to its arrival", "latency arrival"),
+    ("drain", "A backlog drained", "messages/s", "drain"),
+    ("large", "Messages of 10 MB", "MB/s", "large rate"),
+]
+
+
+def shown(values):
+    """A median, and the range where there are several."""
+    if not values:
+        return "-"
+    middle, least, most = (f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+                           for value in (statistics.median(values), min(values), max(values)))
+    return middle if len(values) == 1 else f"{middle} ({least}-{most})"
+
+
+def table(title, head, rows):
+    widths = [max(map(len, column)) for column in zip(head, *rows)]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip()
+             for row in (head, ["-" * width for width in widths], *rows)]
+    return "\n".join([title, "", *lines, ""])
+
+
+def summary(results):
+    rows = []
+    for title, metric, at in SUMMARY:
+        for each in results.ats(metric) if at is None else [at]:
+            cells = [shown(results.values(peer, metric, each)) for peer in results.peers]
+            if any(cell != "-" for cell in cells):
+                rows.append([title if at is not None else f"{title}: {each:,}", *cells])
+    return table("Medians, and ranges, of all rounds", ["", *results.peers], rows)
+
+
+def growth(results):
+    tables = []
+    for title, what, columns in GROWTH:
+        rows = [[f"{at:,}", peer, *(shown(results.values(peer, metric, at)) for _, metric in columns)]
+                for at in results.ats(columns[0][1]) for peer in results.peers
+                if results.values(peer, columns[0][1], at)]
+        if rows:
+            tables.append(table(title, [what, "", *(name for name, _ in columns)], rows))
+    return tables
+
+
+def report(outcome):
+    """The text of it all."""
+    results = Results(outcome["records"])
+    head = [f"{name}: {value}" for part in ("surroundings", "versions") for name, value in outcome[part].items()]
+    notes = "\n".join(dict.fromkeys(outcome["notes"]))
+    return "\n".join(["\n".join(head) + "\n", summary(results), *growth(results), notes, ""])
+
+
+def draw(results, directory):
+    directory.mkdir(parents=True, exist_ok=True)
+    for name, title, x_label, y_label, metric, log in LINE_CHARTS:
+        if results.lines(metric):
+            chart = charts.lines(title, x_label, y_label, results.lines(metric), log)
+            (directory / f"{name}.svg").write_text(chart)
+    for name, title, label, metric in BAR_CHARTS:
+        if results.bars(metric):
+            (directory / f"{name}.svg").write_text(charts.bars(title, label, results.bars(metric)))
+
+
+# ---- The command -------------------------------------------------------------------
+
+
+def some_of(known):
+    def parse(text):
+        for name in text.split(","):
+            if name not in known:
+                raise argparse.ArgumentTypeError(f"{name} is none of {', '.join(known)}")
+        return text.split(",")
+    return parse
+
+
+def options():
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
+    parser.add_argument("--only", type=some_of(MEASURES), default=list(MEASURES), metavar="MEASURE,...",
+                        help="of " + ", ".join(MEASURES))
+    parser.add_argument("--peers", type=some_of(COMPARED), default=list(COMPARED), metavar="PEER,...",
+                        help="of " + ", ".join(COMPARED))
+    parser.add_argument("--rounds", type=int, default=3, help="3, unless given")
+    parser.add_argument("--quick", action="store_true", help="fewer messages, fewer sizes, one round")
+    parser.add_argument("--directory", type=Path, default=Path("/var/tmp"), help="on the disk that is to be measured")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="where the raw figures go")
+    parser.add_argument("--text", type=Path, metavar="FILE", help="where the tables go, beside the terminal")
+    parser.add_argument("--charts", type=Path, metavar="DIRECTORY", help="where the charts go")
+    parser.add_argument("--again", type=Path, metavar="FILE", help="measures nothing, shows the raw figures of a run")
+    return parser.parse_args()
+
+
+def run(chosen):
+    """Measures, and returns all that is worth keeping."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))    # all that are started inherit it
+    # Who ends this ends all that it has started.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("bench: terminated"))
+    with tempfile.TemporaryDirectory(prefix="bench-", dir=chosen.directory) as name, contextlib.ExitStack() as stack:
+        directory = Path(name)
+        directory.chmod(0o755)
+        outcome = {"surroundings": surroundings(directory), "versions": versions(chosen.peers)}
+        bench = Bench(directory, chosen.quick)
+        stack.callback(bench.close)
+        outcome["well"] = measure_all(bench, chosen.only, chosen.peers, 1 if chosen.quick else chosen.rounds)
+        outcome.update(notes=bench.notes, records=bench.records)
+    return outcome
+
+
+def main():
+    chosen = options()
+    if chosen.again:
+        outcome = json.loads(chosen.again.read_text())
+    elif os.geteuid() == 0:
+        outcome = run(chosen)
+    else:
+        sys.exit("bench: only root can take the ports 25 and 53, and not every peer can be told others")
+    if chosen.json:
+        chosen.json.write_text(json.dumps(outcome, indent=1) + "\n")
+    if chosen.text:
+        chosen.text.write_text(report(outcome))
+    if chosen.charts:
+        draw(Results(outcome["records"]), chosen.charts)
+    print(report(outcome))
+    sys.exit(0 if outcome["well"] else 1)
+
+
+if __name__ == "__main__":
+    main()
