@@ -45,6 +45,10 @@ fuzz:
 fuzz-replay:
 	CC='$(CC)' sh tests/fuzz/run replay
 
+# Beside other mail servers, those that can be had here.
+bench: smtp
+	python3 tests/bench/bench.py
+
 # With all compilers, C libraries, makes and machines that can be had here.
 portability:
 	python3 tests/portability.py
