@@ -278,10 +278,18 @@ static bool make_directory(const char *name)
 void spool_enter(uid_t owner, gid_t group)
 {
     static char path[4096];
-    bool made = mkdir(settings.spool, 0700) == 0;
+    size_t length = strlen(settings.spool);
     struct stat st;
+    bool made;
     int fd;
 
+    errno = 0;
+    while (length > 1 && settings.spool[length - 1] == '/')
+        length--;               /* behind a slash even O_NOFOLLOW follows a link */
+    if ((size_t)snprintf(path, sizeof path, "%.*s", (int)length, settings.spool) >= sizeof path)
+        die("the name of the spool is too long (-q names another)");
+    settings.spool = path;
+    made = mkdir(path, 0700) == 0;
     if (!made && errno != EEXIST)
         die("cannot make the spool %s (-q names another)", settings.spool);
     errno = 0;

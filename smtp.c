@@ -60,7 +60,7 @@ enum {
     FAILING_LANES = 64,     /* places known not to answer */
     FAILING_WAITING = 8,    /* ids that may wait for one of them */
     ACCEPTS = 64,           /* clients accepted before the others are served again */
-    INHERITED = 65536       /* descriptors closed at the start: to try a billion would take minutes */
+    INHERITED = 65536       /* descriptors closed at the start; there may be some beyond today's limit */
 };
 
 struct settings settings = {
@@ -2102,7 +2102,6 @@ static void read_options(int argc, char **argv, unsigned *port, const char **use
  * no others do: whoever started us would wait for the end of what we hold. */
 static void settle_descriptors(void)
 {
-    long limit = sysconf(_SC_OPEN_MAX);
     int fd;
 
     do {
@@ -2110,9 +2109,7 @@ static void settle_descriptors(void)
         if (fd < 0)     /* an empty chroot: there, what cannot be written to does as well */
             fd = open("/", O_RDONLY);
     } while (fd >= 0 && fd <= STDERR_FILENO);
-    if (limit < 0 || limit > INHERITED)
-        limit = INHERITED;
-    for (fd = STDERR_FILENO + 1; fd < limit; fd++)
+    for (fd = STDERR_FILENO + 1; fd < INHERITED; fd++)
         close(fd);
 }
 

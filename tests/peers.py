@@ -227,7 +227,8 @@ class Ours(Peer):
 
     def _start(self):
         way = ["-s", "{}:{}".format(*self.next_hop)] if self.next_hop else ["-n", self.nameserver]
-        self.relay = lab.Relay(*way, *self._options, spool=self.directory / "spool", addresses=(self.host,))
+        self.relay = lab.Relay(*way, *self._options, spool=self.directory / "spool", addresses=(self.host,),
+                               mx_port=None if self.next_hop else 25)
         self._stack.callback(self.relay.stop)
         self.process, self.port = self.relay.process, self.relay.port
         for pid in tree(self.relay.pid):
