@@ -752,10 +752,13 @@ static size_t guest_count;
 
 static struct guest make_guest(const union address *peer, pid_t server)
 {
-    struct guest g = { { 0 }, server, 1 };
+    struct guest g;
     size_t size;
     const unsigned char *octets = address_octets(peer, &size);
 
+    memset(&g, 0, sizeof g);        /* what lies between its members goes through the pipe, too */
+    g.server = server;
+    g.count = 1;
     if (size == 4)
         memset(g.address + 10, 0xFF, 2);
     memcpy(g.address + 16 - size, octets, size);
