@@ -31,6 +31,21 @@ uninstall:
 test: smtp
 	sh tests/run
 
+# What a server does of what the RFCs ask: this one, or SERVER=host:port FROM=... TO=...
+SERVER =
+FROM =
+TO =
+SINK =
+PATIENCE =
+
+conformance: smtp
+	sh tests/run -q --tb=no tests/conformance --report report --server '$(SERVER)' \
+		--from '$(FROM)' --to '$(TO)' --sink '$(SINK)' --patience '$(PATIENCE)'
+
+# The same of this server and of others, side by side.
+conformance-peers: smtp
+	python3 tests/conformance/compare.py report
+
 # Kills it at random moments, and at each system call of a message's life.
 crash: smtp
 	python3 tests/crash.py 300

@@ -14,6 +14,13 @@ import lab
 import peers
 
 
+def pytest_configure(config):
+    """The marks of tests/conformance."""
+    config.addinivalue_line("markers", "must: the RFC says MUST, MUST NOT or SHALL, or its grammar does")
+    config.addinivalue_line("markers", "should: the RFC says SHOULD or SHOULD NOT")
+    config.addinivalue_line("markers", "section(rfc, number): where it says so")
+
+
 @pytest.fixture
 def spool(tmp_path):
     """A spool that does not exist yet: the relay makes its own."""

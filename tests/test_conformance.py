@@ -1,0 +1,107 @@
+"""The conformance suite itself: that each of its tests can fail, and for its own reason only."""
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+import lab
+
+SUITE = Path(__file__).parent / "conformance"
+sys.path.insert(0, str(SUITE))
+
+from broken import FAULTS, SEEN_BY, Broken      # noqa: E402
+from dialogue import Target     # noqa: E402
+
+
+class Run:
+    """The suite, run in this process on a target; verdicts by requirement, without the R-."""
+
+    def __init__(self, target, *arguments):
+        self.target, self.results = target, []
+        pytest.main(["-q", "--tb=short", "-p", "no:cacheprovider", "-p", "no:faulthandler",
+                     "--rootdir", str(SUITE.parent), str(SUITE), *arguments], plugins=[self])
+        self.verdicts = {result.requirement.id[2:]: result.verdict for result in self.results}
+
+    def pytest_configure(self, config):
+        config.target, config.results = self.target, self.results
+
+    def of(self, verdict):
+        return {requirement for requirement, each in self.verdicts.items() if each == verdict}
+
+
+@pytest.fixture(scope="module")
+def sink():
+    exchanger = lab.Exchanger("127.0.0.1")
+    yield exchanger
+    exchanger.stop()
+
+
+@pytest.fixture
+def run_on(sink):
+    """run_on(fault): what the suite finds where this is wrong.  All that the broken server
+    relays has arrived before its 250, so what does not come need not be awaited."""
+    def run(fault, *arguments, patience=0):
+        sink.messages.clear()
+        server = Broken(fault, sink.port)
+        try:
+            return Run(Target("127.0.0.1", server.port, "nour@example.org", "friend@example.net", sink, patience, wait=0.5),
+                       *arguments)
+        finally:
+            server.stop()
+    return run
+
+
+def test_nothing_is_found_where_nothing_is_wrong(run_on):
+    run = run_on(None)
+    assert run.of("fail") == set()
+    # A session is refused or is not, and silence takes its time: both are tried below.
+    assert run.of("n/a") == {"3.1-a", "3.1-b", "4.5.3.2.7-a"}
+    assert set(run.verdicts) == FAULTS
+
+
+@pytest.mark.parametrize("fault", sorted(FAULTS - {"4.5.3.2.7-a"}))
+def test_what_is_wrong_is_found_and_nothing_else(run_on, fault):
+    assert run_on(fault).of("fail") == SEEN_BY.get(fault, {fault})
+
+
+def test_impatience_is_found(run_on):
+    assert run_on("4.5.3.2.7-a", "-k", "4_5_3_2_7", patience=20).of("fail") == {"4.5.3.2.7-a"}
+    assert run_on(None, "-k", "4_5_3_2_7", patience=0.2).of("pass") == {"4.5.3.2.7-a"}
+
+
+# ---- The index of requirements --------------------------------------------------------------
+
+INDEX = SUITE.parent.parent / "docs" / "requirements.md"
+
+
+@pytest.fixture(scope="module")
+def index():
+    """The rows of docs/requirements.md: number, level, how it is tested."""
+    rows = re.findall(r"^\| (R-\S+) \| (\w+) \| .* \| (.*) \|$", INDEX.read_text(), re.M)
+    assert len(rows) == INDEX.read_text().count("\n| R-") == len({number for number, _, _ in rows})
+    return rows
+
+
+def test_the_index_has_every_test_of_the_suite_and_its_level(index):
+    tests = {}
+    for path in SUITE.glob("test_*.py"):
+        for level, rfc, section, letter in re.findall(
+                r"@(must|should)\ndef test_(?:rfc(\d+)_)?((?:\d+_)+)([a-z])_", path.read_text()):
+            number = f"R-{rfc + '-' if rfc else ''}{section.strip('_').replace('_', '.')}-{letter}"
+            tests[number] = level.upper()
+    assert {"R-" + fault for fault in FAULTS} == set(tests)
+    assert {number: level for number, level, test in index if test == "suite"} == tests
+
+
+def test_what_the_index_points_to_is_there(index):
+    numbers = {number for number, _, _ in index}
+    for number, _, test in index:
+        if test.startswith("`"):
+            path, *names = test.strip("`").split("::")
+            source = (SUITE.parent / path).read_text()
+            assert all(re.search(rf"^ *(?:def|class) {name}\b", source, re.M) for name in names), test
+        elif test.startswith("R-"):
+            assert set(test.split(", ")) <= numbers - {number}, number
+        else:
+            assert test == "suite" or test.startswith("none: "), number
