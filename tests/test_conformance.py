@@ -45,7 +45,7 @@ def run_on(sink):
         sink.messages.clear()
         server = Broken(fault, sink.port)
         try:
-            return Run(Target("127.0.0.1", server.port, "nour@example.org", "friend@example.net", sink, patience, wait=0.5),
+            return Run(Target("127.0.0.1", server.port, "nour@example.org", "friend@example.net", sink, patience, wait=5),
                        *arguments)
         finally:
             server.stop()

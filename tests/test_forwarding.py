@@ -6,6 +6,7 @@ import signal
 import socket
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
@@ -619,6 +620,24 @@ def test_silence_in_the_middle_of_the_message(pair):
     assert message.data.endswith(LARGE)
 
 
+@pytest.mark.parametrize("stage, seconds", [
+    ("CONNECT", 300), ("MAIL", 300), ("RCPT", 300), ("DATA", 120), ("BODY", 180), (".", 600)])
+def test_default_times(world, strace, stage, seconds):
+    """Those of RFC 5321 4.5.3.2.  Nobody waits for them to pass: what select() is told is seen."""
+    world.exchanger.set(stall_at=stage, extensions=())
+    with strace(world.relay.pid, "trace=connect,select,pselect6,write,sendto") as trace:
+        send(world.relay, "b@example.net", body=LARGE if stage == "BODY" else b"Subject: x\r\n")
+        forwarder = wait_for(lambda: re.search(rf"^(\d+) connect\(.*htons\({world.exchanger.port}\)", trace(), re.M))[1]
+        connection, = wait_for(lambda: world.exchanger.connections)
+        if stage == "BODY":         # a part of it has been written
+            wait_for(lambda: re.search(rf"^{forwarder} (write|sendto)\(.* = \d{{5,}}$", trace(), re.M))
+        elif stage != "CONNECT":
+            wait_for(lambda: connection.commands and connection.commands[-1].startswith(stage))
+        wait_for(lambda: Path(f"/proc/{forwarder}/stat").read_text().rpartition(") ")[2].startswith("S"))
+    waits = re.findall(rf"^{forwarder} .*select.*tv_sec=(\d+)", trace(), re.M)
+    assert seconds - 60 < int(waits[-1]) <= seconds
+
+
 def trickle(octets):
     """A reply that goes on and on, and never comes to an end."""
     def reply(connection):
@@ -718,6 +737,14 @@ def test_terse_replies(world, end):
     send(world.relay, "b@example.net")
     found = outcome(world.relay, "b@example.net")
     assert (found.status, found.words) == ("sent", "250")
+
+
+@pytest.mark.parametrize("code, status", [(299, "sent"), (499, "later"), (599, "failed")])
+def test_codes_that_no_rfc_lists(world, code, status):
+    """The first digit says enough (RFC 5321 4.3.2)."""
+    world.exchanger.set(replies={"RCPT": f"{code} news"})
+    send(world.relay, "b@example.net")
+    assert outcome(world.relay, "b@example.net").status == status
 
 
 @hostile

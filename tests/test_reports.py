@@ -105,6 +105,14 @@ def test_report(house):
     assert b"Dear Nour" not in report.raw
 
 
+def test_report_goes_to_the_end_of_a_route(house):
+    """RFC 5321 6.1: a route in the reverse-path is stripped."""
+    world = house()
+    world.net.set(replies={"RCPT": REFUSED})
+    world.relay.send("b@example.net", sender=f"@a.example,@b.example:{SENDER}")
+    assert report_of(world).recipients == [f"<{SENDER}>"]
+
+
 def test_report_is_logged(house):
     world = house()
     id = world.relay.send("b@example.net", sender=SENDER)
