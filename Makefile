@@ -64,10 +64,6 @@ fuzz-replay:
 bench: smtp
 	python3 tests/bench/bench.py
 
-# With all compilers, C libraries, makes and machines that can be had here.
-portability:
-	python3 tests/portability.py
-
 demo: smtp
 	python3 tests/demo.py
 
