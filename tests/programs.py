@@ -266,9 +266,9 @@ def _unbound(directory, more):
 
 
 def unbound(rows, directory):
+    """All else it denies, and asks nobody in the world: not even where a report goes."""
     data = [f"  local-data: '{line}'" for line in zone_lines(rows)]
-    return _unbound(directory, "\n".join(
-        ['  module-config: "iterator"', '  local-zone: "example.net." static', *data]))
+    return _unbound(directory, "\n".join(['  module-config: "iterator"', '  local-zone: "." static', *data]))
 
 
 def nsd(rows, directory):
