@@ -127,21 +127,24 @@ KEYWORDS = {
 ENDS = {"4.1.1.4-a": rb"[^\r]\n\.\n", "4.1.1.4-c": rb"[^\r]\n\.\r\n"}
 
 # What a message is refused for.
-REFUSES = {"3.3-c": b"no field", "3.3-d": b"Resent-To", "3.7.2-a": b"Received: by hand", "4.5.3.1.7-a": b"x{62}\r\n" * 600,
-           "6.3-a": rb"(?:Received: [^\r]*\r\n){50}"}
+REFUSES = {"3.3-c": b"no field", "3.3-d": b"Resent-To", "3.7.2-a": b"Received: by hand",
+           "4.5.3.1.7-a": b"x{62}\r\n" * 600, "6.3-a": rb"(?:Received: [^\r]*\r\n){50}"}
 
 # Another trace field: what is replaced in it, and by what.
 TRACES = {
-    "4.4-a": ("Received", "X-Received"), "4.4-b": ("from {helo} ([{client}])\r\n\t", ""), "4.4-c": (" ([{client}])", ""),
-    "4.4-d": ("by broken.example ", ""), "4.4-e": ("{date}", "Tue, 24 Nov 26 06:00:00 -0800"),
-    "4.4-f": ("{date}", "Tue, 24 Nov 2026 14:00:00 GMT"), "4.4-g": ("for <{recipient}>", "for <{recipient}> <{recipient}>"),
+    "4.4-a": ("Received", "X-Received"), "4.4-b": ("from {helo} ([{client}])\r\n\t", ""),
+    "4.4-c": (" ([{client}])", ""), "4.4-d": ("by broken.example ", ""),
+    "4.4-e": ("{date}", "Tue, 24 Nov 26 06:00:00 -0800"),
+    "4.4-f": ("{date}", "Tue, 24 Nov 2026 14:00:00 GMT"),
+    "4.4-g": ("for <{recipient}>", "for <{recipient}> <{recipient}>"),
     "4.4-i": ("ESMTP", "FTP"), "4.4-j": ("id 1", "id 1 mood good")}
 
 # What is replaced in a message, the trace included.
 CHANGES = {
     "3.6.3-a": (rb"(\r\n)+\Z", b"\r\n"), "4.4-h": (rb"Received: from far(.*\r\n\s)*.*\r\n", b""),
     "4.5.2-a": (rb"(?<=\n)\.\.(?=\r\n)", b"..."), "4.5.2-b": (rb"[\x01-\x08]", b"?"),
-    "4.5.3.1.6-a": (rb"(?<=[xy]{990})[xy]+", b""), "6.4-a": (rb"(?=From: nour\r\n)", b"Date: Tue, 24 Nov 2026 06:00:00 +0000\r\n"),
+    "4.5.3.1.6-a": (rb"(?<=[xy]{990})[xy]+", b""),
+    "6.4-a": (rb"(?=From: nour\r\n)", b"Date: Tue, 24 Nov 2026 06:00:00 +0000\r\n"),
     "7.2-b": (rb"(?=From: nour@example.org\r\nDate)", b"Apparently-To: x\r\n"), "6152-3-a": (rb"[\x80-\xff]", b"?")}
 
 # And what takes a line or two in the server itself.
@@ -399,7 +402,8 @@ class Session(socketserver.StreamRequestHandler):
             return
         fault = self.server.fault
         trace = TRACE.replace(*TRACES.get(fault, ("", ""))).format(
-            helo=self.helo, client=self.client_address[0], recipient=recipients[0], date=email.utils.formatdate(localtime=True))
+            helo=self.helo, client=self.client_address[0], recipient=recipients[0],
+            date=email.utils.formatdate(localtime=True))
         message = trace.encode() + re.sub(rb"\r?\n", b"\r\n", content)
         message = re.sub(*CHANGES.get(fault, (b"", b"")), message)
         if self.has("7.2-a"):

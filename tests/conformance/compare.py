@@ -32,7 +32,8 @@ def report_on(name, directory):
     sink = free_endpoint()
     try:
         with peers.start(name, next_hop=sink) as peer:
-            options = ["--server", f"{peer.host}:{peer.port}", "--from", "nour@example.org", "--to", "friend@example.net"]
+            options = ["--server", f"{peer.host}:{peer.port}",
+                       "--from", "nour@example.org", "--to", "friend@example.net"]
             if name != "aiosmtpd":      # which throws away what it takes
                 options += ["--sink", "{}:{}".format(*sink)]
             subprocess.run([SUITE.parent / "run", "-q", "--tb=no", SUITE, *options, "--report", directory / name],

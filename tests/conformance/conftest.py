@@ -51,7 +51,8 @@ def target(request, tmp_path_factory):
         yield config.target
     elif option(config, "server"):
         sink = lab.Exchanger(*endpoint(option(config, "sink"))) if option(config, "sink") else None
-        yield Target(*endpoint(option(config, "server")), option(config, "from"), option(config, "to") or None, sink, patience)
+        yield Target(*endpoint(option(config, "server")), option(config, "from"), option(config, "to") or None,
+                     sink, patience)
         if sink:
             sink.stop()
     else:

@@ -274,7 +274,8 @@ def _shortened(lines):
 def _lines(octets):
     """Octets as a transcript shows them."""
     lines = _shortened(octets.decode("latin-1").removesuffix("\r\n").split("\r\n"))
-    return ["".join(c if " " <= c <= "~" else repr(c)[1:-1] for c in line[:300]) + "..." * (len(line) > 300) for line in lines]
+    return ["".join(c if " " <= c <= "~" else repr(c)[1:-1] for c in line[:300]) + "..." * (len(line) > 300)
+            for line in lines]
 
 
 DATE = b"Date: Tue, 24 Nov 2026 06:00:00 +0000"

@@ -101,7 +101,8 @@ def as_text(server, results):
     for result in failed:
         r = result.requirement
         lines += ["", f"{r.id} {r.level}: {r.title}"]
-        lines += ["    " + line for line in (r.rule, "It is not so: " + result.reason, "", *result.transcript.splitlines())]
+        lines += ["    " + line for line in (r.rule, "It is not so: " + result.reason, "",
+                                            *result.transcript.splitlines())]
     undecided = [result for result in results if result.verdict == "n/a"]
     lines += ["", f"Not applicable: {len(undecided) or 'none'}"]
     lines += [f"    {result.requirement.id} {result.requirement.title}: {result.reason}" for result in undecided]
@@ -174,7 +175,8 @@ PAGE = """<!DOCTYPE html>
 def as_html(server, results):
     chapters = by_chapter(results)
     sections = (f"<h2>{html.escape(name)}</h2>\n" + "\n".join(map(_details, each)) for name, each in chapters.items())
-    return PAGE.format(server=html.escape(server), style=STYLE, summary="\n".join(_summary(results)), sections="\n".join(sections),
+    return PAGE.format(server=html.escape(server), style=STYLE, summary="\n".join(_summary(results)),
+                       sections="\n".join(sections),
                        columns="".join(f"<th>{verdict}" for verdict in VERDICTS) * 2,
                        rows="\n".join(_row(name, each) for name, each in [*chapters.items(), ("All", results)]))
 

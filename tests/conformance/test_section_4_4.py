@@ -15,7 +15,8 @@ PROTOCOLS = set("""
     UTF8SMTPSA UTF8LMTP UTF8LMTPA UTF8LMTPS UTF8LMTPSA
     """.split())
 CLAUSES = {"from", "by", "via", "with", "id", "for", "tls", "group"}
-FOREIGN = (b"Received: from far.example (far.example [192.0.2.7])\r\n\tby near.example (8.8/8.8) with SMTP id AA00001;\r\n"
+FOREIGN = (b"Received: from far.example (far.example [192.0.2.7])\r\n"
+           b"\tby near.example (8.8/8.8) with SMTP id AA00001;\r\n"
            b"\tMon, 23 Nov 2026 06:00:00 -0800 (PST)\r\n"
            b"Received: BY far.example; Mon, 23 Nov 2026 05:59:59 -0800\r\n")
 

@@ -11,7 +11,7 @@ def test_6_3_a_a_hundred_hops_are_not_a_loop(session):
     one fewer, with the server's own, arrives."""
     content = with_hops(98)
     assert session.transfer(content).taken
-    session.say("QUIT")
+    session.rest()
     assert session.target.sink is None or session.target.delivered(content)
 
 
