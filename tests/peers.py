@@ -349,6 +349,7 @@ class WorldPeer(Peer):
         for shell in tree(process.pid)[1:2]:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(shell, signal.SIGKILL)
+            process.wait()
         super()._kill(process)
 
     def write(self, name, text):
