@@ -60,9 +60,12 @@ fuzz:
 fuzz-replay:
 	CC='$(CC)' sh tests/fuzz/run replay
 
-# Beside other mail servers, those that can be had here.
+# Beside other mail servers, those that can be had here: half an hour, or minutes with
+# make bench BENCH=--quick; tests/bench/bench.py -h has more.
+BENCH =
+
 bench: smtp
-	python3 tests/bench/bench.py
+	python3 tests/bench/bench.py $(BENCH)
 
 demo: smtp
 	python3 tests/demo.py

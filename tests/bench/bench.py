@@ -521,7 +521,7 @@ def syncs(bench, peer):
     """Syncs of a message that come before its 250, and in all."""
     bench.rate(peer)
     quiet(peer)
-    trace, count, run, spans = bench.directory / "trace", 10, bench.run(), []
+    trace, count, run, spans = bench.directory / "trace", 2 if bench.quick else 10, bench.run(), []
     pids = [option for pid in peer.pids() for option in ("-p", str(pid))]
     tracer = subprocess.Popen([peers.program("strace"), "-f", "-ttt", "-e", "trace=fsync,fdatasync,sync,syncfs,msync",
                                "-o", trace, *pids], stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
