@@ -627,10 +627,10 @@ def test_default_times(world, strace, stage, seconds):
     world.exchanger.set(stall_at=stage, extensions=())
     with strace(world.relay.pid, "trace=connect,select,pselect6,write,sendto") as trace:
         send(world.relay, "b@example.net", body=LARGE if stage == "BODY" else b"Subject: x\r\n")
-        forwarder = wait_for(lambda: re.search(rf"^(\d+) connect\(.*htons\({world.exchanger.port}\)", trace(), re.M))[1]
+        forwarder = wait_for(lambda: re.search(rf"^(\d+) +connect\(.*htons\({world.exchanger.port}\)", trace(), re.M))[1]
         connection, = wait_for(lambda: world.exchanger.connections)
         if stage == "BODY":         # a part of it has been written
-            wait_for(lambda: re.search(rf"^{forwarder} (write|sendto)\(.* = \d{{5,}}$", trace(), re.M))
+            wait_for(lambda: re.search(rf"^{forwarder} +(write|sendto)\(.* = \d{{5,}}$", trace(), re.M))
         elif stage != "CONNECT":
             wait_for(lambda: connection.commands and connection.commands[-1].startswith(stage))
         wait_for(lambda: Path(f"/proc/{forwarder}/stat").read_text().rpartition(") ")[2].startswith("S"))
