@@ -368,6 +368,19 @@ int spool_take(void)
     return fd;
 }
 
+/* Opens a file of the spool; never follows a link, never waits for a FIFO. */
+static int open_message(const char *directory, const char *id, int how)
+{
+    int fd = open(spool_path(directory, id), how | O_NOFOLLOW | O_NONBLOCK);
+    struct stat st;
+
+    if (fd >= 0 && (fstat(fd, &st) != 0 || !S_ISREG(st.st_mode))) {
+        close(fd);
+        fd = -1;
+    }
+    return fd;
+}
+
 static int create_draft(const char *id)
 {
     return open(spool_path("tmp", id), O_RDWR | O_CREAT | O_EXCL | O_APPEND | O_NOFOLLOW, 0600);
@@ -418,7 +431,7 @@ void draft_forget(struct draft *d)
 
 void draft_drop(struct draft *d)
 {
-    if (d->fd >= 0)
+    if (d->fd >= 0 || d->error != 0)
         unlink(spool_path("tmp", d->id));
     draft_forget(d);
 }
@@ -696,19 +709,6 @@ static bool message_read(struct message *m, int fd, const char *id)
         return false;
     read_outcomes(m);
     return true;
-}
-
-/* Opens a file of the queue; never follows a link, never waits for a FIFO. */
-static int open_queued(const char *id, int how)
-{
-    int fd = open(spool_path("queue", id), how | O_NOFOLLOW | O_NONBLOCK);
-    struct stat st;
-
-    if (fd >= 0 && (fstat(fd, &st) != 0 || !S_ISREG(st.st_mode))) {
-        close(fd);
-        fd = -1;
-    }
-    return fd;
 }
 
 static const char *domain_of(const char *address)
@@ -2055,8 +2055,9 @@ static bool try_message(struct message *m, struct draft *report)
     return reached;
 }
 
-/* Tries a message, and the report on it if there has to be one, and exits. */
-static void forward(struct message *m)
+/* Tries a message, which it takes over, and the report on it if there has to be
+ * one. */
+static enum result forward(struct message *m)
 {
     struct draft report = { .fd = -1 };
     bool reached;
@@ -2065,11 +2066,13 @@ static void forward(struct message *m)
     alarm((unsigned)(2 * try_limit()));     /* the kernel keeps to it, even if the server is no more */
     reached = try_message(m, &report);
     message_free(m);
-    if (report.fd >= 0 && message_read(m, report.fd, report.id)) {
-        report.fd = -1;
-        try_message(m, &report);
+    if (report.fd >= 0) {
+        if (message_read(m, report.fd, report.id))
+            try_message(m, &report);
+        message_free(m);
     }
-    _exit(reached ? FORWARD_DONE : FORWARD_UNREACHABLE);
+    alarm(0);
+    return reached ? FORWARD_DONE : FORWARD_UNREACHABLE;
 }
 
 /* Offers an id to the server.  False: the pipe is full, or nobody reads it. */
@@ -2081,34 +2084,29 @@ static bool offer(int due_fd, const char *id, uint32_t lane)
     return write(due_fd, line, (size_t)n) == n;
 }
 
-void hand_over(struct draft *d, int reply_fd, int due_fd, uint32_t lane, bool forward_now)
+/* Makes a draft that the server has filled a message, and says so: the reply is
+ * for the client.  Returns its descriptor, or -1. */
+static int take_over(int channel, const char *id)
 {
+    struct draft d = { .fd = open_message("tmp", id, O_RDWR | O_APPEND) };
     char reply[REPLY_SIZE];
-    struct message m;
     bool stored;
+    int n;
 
+    /* The spool was taken away, and made again by the server, since we entered it. */
+    if (d.fd < 0 && errno == ENOENT && chdir(settings.spool) == 0)
+        d.fd = open_message("tmp", id, O_RDWR | O_APPEND);
+    d.error = d.fd < 0 ? errno : 0;
+    snprintf(d.id, sizeof d.id, "%s", id);
     hold_signals(true);
-    stored = store(d);
-    snprintf(reply, sizeof reply, stored ? "250 2.0.0 Ok: queued as %s" : "%s",
-        stored ? d->id : draft_refusal(d->error));
+    stored = store(&d);
+    n = snprintf(reply, sizeof reply, stored ? "250 2.0.0 Ok: queued as %s\n" : "%s\n",
+        stored ? d.id : draft_refusal(d.error));
     /* It is ours, even if the client does not hear it. */
-    if (write(reply_fd, reply, strlen(reply)) < 0)
-        logmsg("%s nobody waits for: %s", d->id, reply);
-    close(reply_fd);
+    if (write(channel, reply, (size_t)n) < 0)
+        logmsg("%s nobody waits for: %.*s", d.id, n - 1, reply);
     hold_signals(false);
-    if (!stored)
-        _exit(1);
-    if (!forward_now) {
-        draft_forget(d);        /* who takes the offer needs the lock */
-        offer(due_fd, d->id, lane);
-        _exit(1);
-    }
-    close(due_fd);
-    if (!message_read(&m, d->fd, d->id)) {
-        logmsg("%s cannot be read back from the spool", d->id);
-        _exit(1);
-    }
-    forward(&m);
+    return d.fd;
 }
 
 /* When is this file due?  0: it is none of ours. */
@@ -2133,21 +2131,53 @@ static time_t due_time(const char *id, bool make_due, bool complain)
     return st.st_mtime <= now || st.st_mtime > now + most ? now : st.st_mtime;
 }
 
-void forward_due(const char *id)
+/* Opens a message of the queue that is due, and locks it.  -1: somebody else has
+ * it, or was done with it just now. */
+static int take_due(const char *id)
 {
-    struct message m;
     struct stat st;
-    int fd = id_time(id) != 0 ? open_queued(id, O_RDWR | O_APPEND) : -1;
+    int fd = id_time(id) != 0 ? open_message("queue", id, O_RDWR | O_APPEND) : -1;
 
-    /* Somebody else may have it, or may have been done with it just now. */
-    if (fd < 0 || !lock_octets(fd, F_WRLCK, 0, 0) || fstat(fd, &st) != 0 || st.st_nlink == 0
-        || due_time(id, false, false) > wall_clock())
-        _exit(1);
-    if (!message_read(&m, fd, id)) {
-        logmsg("%s is not a message of ours: left alone", id);
-        _exit(1);
+    if (fd >= 0 && lock_octets(fd, F_WRLCK, 0, 0) && fstat(fd, &st) == 0 && st.st_nlink > 0
+        && due_time(id, false, false) <= wall_clock())
+        return fd;
+    if (fd >= 0)
+        close(fd);
+    return -1;
+}
+
+static enum result carry_out(int channel, int due_fd, const struct order *order)
+{
+    int fd = order->task == FORWARD ? take_due(order->id) : take_over(channel, order->id);
+    struct message m;
+
+    if (fd < 0)
+        return FORWARD_NOT_TRIED;
+    if (order->task == STORE) {
+        close(fd);              /* who takes the offer needs the lock */
+        offer(due_fd, order->id, order->lane);
+        return FORWARD_NOT_TRIED;
     }
-    forward(&m);
+    if (message_read(&m, fd, order->id))
+        return forward(&m);
+    logmsg("%s is not a message of ours: left alone", order->id);
+    message_free(&m);
+    return FORWARD_NOT_TRIED;
+}
+
+void work(int channel, int due_fd)
+{
+    enum result result = FORWARD_NOT_TRIED;
+    struct order order;
+
+    while (read(channel, &order, sizeof order) == (ssize_t)sizeof order) {
+        char line[16];
+
+        result = carry_out(channel, due_fd, &order);
+        if (write(channel, line, (size_t)snprintf(line, sizeof line, "%d\n", result)) < 0)
+            break;              /* the server has let us go */
+    }
+    _exit((int)result);
 }
 
 /* ==== The queue ========================================================== */
@@ -2172,7 +2202,7 @@ static bool is_locked(int fd)
 static void offer_due(int due_fd, const char *id, pid_t server, bool complain)
 {
     struct message m;
-    int fd = open_queued(id, O_RDWR);
+    int fd = open_message("queue", id, O_RDWR);
 
     if (fd < 0)
         return;
@@ -2277,7 +2307,7 @@ static size_t list_message(const char *id, long long *octets)
     char age[32], next[32];
     struct message m;
     struct stat st;
-    int fd = open_queued(id, O_RDONLY);
+    int fd = open_message("queue", id, O_RDONLY);
     size_t owed = 0;
     time_t now = wall_clock();
 

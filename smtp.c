@@ -53,6 +53,8 @@ enum {
     IDLES = 12,             /* times -t that a client has to complete a transaction */
     SIGNAL_WAIT = 20,       /* ms that a signal may wait while clients keep us busy */
     LINGER = 2000,          /* ms for a client to take its last reply */
+    WORKER_WAIT = 250,      /* ms that a worker waits for another message */
+    WORKERS = 32,           /* how many may wait, or forward and then wait, at most */
     REST = 1000,            /* ms without accepting when something has run out */
     LISTENERS = 16,
     RESERVE = LISTENERS + 16,   /* descriptors that are no client's */
@@ -172,7 +174,7 @@ struct transaction {
 
 struct session {
     int fd;                 /* the client */
-    int pipe;               /* in STORING: where the child's reply comes from */
+    int channel;            /* in STORING: the worker's, from which the reply comes; not the session's to close */
     enum phase phase;
     unsigned port;          /* the client's */
     bool spoken;            /* its first line has come */
@@ -246,7 +248,6 @@ static void reset(struct session *s)
 static void close_session(struct session *s)
 {
     close_fd(&s->fd);
-    close_fd(&s->pipe);
     if (s->tx != NULL)
         draft_forget(&s->tx->draft);
 }
@@ -340,21 +341,25 @@ static void start_closing(struct session *s)
 /* ==== Children =========================================================== */
 
 enum role {
-    STORES,         /* a message was handed over; no slot */
-    FORWARDS,       /* holds one of the -j slots */
+    STORES,         /* a worker that stores a message; no slot */
+    FORWARDS,       /* a worker that holds one of the -j slots */
+    WAITS,          /* a worker that has done what it had to do */
     FINDS,          /* the queue runner */
     SERVES          /* took over a full table of sessions */
 };
 
 struct child {
-    pid_t pid;
+    pid_t pid;              /* -1: it is the child of the process that we divided from */
     enum role role;
     uint32_t lane;
-    int64_t deadline;       /* by clock_ms(), when it is killed */
+    int64_t deadline;       /* by clock_ms(): when it is killed, or, if it waits, let go */
+    int channel;            /* a worker's orders and answers; -1: it was let go, and exits after its order */
+    bool storing;           /* a client waits for its reply */
 };
 
 static struct child *children;
 static size_t child_count;
+static size_t worker_limit; /* how many are kept beside those that store */
 static int due_pipe[2];     /* [0]: ids that are due come in; [1]: the writers' end */
 static int leave_pipe[2];   /* the same for clients that leave a divided server */
 static int spool_lock;
@@ -385,7 +390,6 @@ static void forget_server(void)
     close_fd(&due_pipe[0]);
     close_fd(&leave_pipe[0]);
     close_fd(&spool_lock);
-    child_count = 0;
 }
 
 /* A child that serves nobody keeps no client's socket either: a client whose
@@ -395,6 +399,8 @@ static void forget_all(void)
 {
     while (session_count > 0)
         close_session(sessions[--session_count]);
+    while (child_count > 0)
+        close_fd(&children[--child_count].channel);
     forget_server();
     close_fd(&leave_pipe[1]);
 }
@@ -419,7 +425,7 @@ static void default_signals(void)
 static pid_t spawn(enum role role, uint32_t lane)
 {
     struct child *room = realloc(children, (child_count + 1) * sizeof *children);
-    struct child child = { -1, role, lane, INT64_MAX };
+    struct child child = { -1, role, lane, INT64_MAX, -1, false };
 
     if (room != NULL) {
         children = room;
@@ -429,8 +435,6 @@ static pid_t spawn(enum role role, uint32_t lane)
         logmsg("no process can be made (%s): resting for a second", strerror(errno));
         rest_until = clock_ms() + REST;
     } else if (child.pid > 0) {
-        if (role == FORWARDS)
-            child.deadline = clock_ms() + 2000 * (int64_t)try_limit();
         children[child_count++] = child;
     }
     return child.pid;
@@ -444,15 +448,119 @@ static pid_t find_child(enum role role)
     return -1;
 }
 
-/* Whatever an exchanger or a name server does to it, a forwarder has an end. */
-static void kill_overdue(void)
+/* ---- Workers: children that store and forward ---- */
+
+/*
+ * A message gets a child to itself, but a child may get several, one after
+ * another: one that is done waits a moment for the next before it exits.  So a
+ * busy server need not fork for each.  Over a socket it gets orders, and answers
+ * in lines (forward.c).
+ */
+
+/* It has had its last order. */
+static void let_go(struct child *worker)
 {
+    close_fd(&worker->channel);
+    if (worker->role == WAITS)
+        worker->deadline = INT64_MAX;
+}
+
+/* How many of them the server keeps in touch with, beside those that store. */
+static size_t count_workers(void)
+{
+    size_t count = 0;
+
     for (size_t i = 0; i < child_count; i++)
-        if (clock_ms() >= children[i].deadline) {
-            logmsg("process %ld killed: its try took longer than %ld seconds", (long)children[i].pid, 2 * try_limit());
-            kill(children[i].pid, SIGKILL);
-            children[i].deadline = INT64_MAX;
+        count += children[i].channel >= 0 && !children[i].storing;
+    return count;
+}
+
+/* The worker that has waited least, so that those who are not needed go; NULL:
+ * there is none. */
+static struct child *find_waiting(void)
+{
+    struct child *found = NULL;
+
+    for (struct child *c = children; c < children + child_count; c++)
+        if (c->role == WAITS && c->channel >= 0 && (found == NULL || c->deadline > found->deadline))
+            found = c;
+    return found;
+}
+
+/* NULL: the machine has no process or no descriptor left. */
+static struct child *start_worker(void)
+{
+    int ends[2];
+    pid_t pid = -1;
+
+    if (socketpair(AF_UNIX, SOCK_STREAM, 0, ends) != 0) {
+        logmsg("no process can be told what to do (%s)", strerror(errno));
+        return NULL;
+    }
+    if (ends[0] < FD_SETSIZE)
+        pid = spawn(STORES, 0);
+    if (pid == 0) {
+        forget_all();
+        close(ends[0]);
+        default_signals();
+        work(ends[1], due_pipe[1]);
+    }
+    close(ends[1]);
+    if (pid < 0) {
+        close(ends[0]);
+        return NULL;
+    }
+    fcntl(ends[0], F_SETFL, O_NONBLOCK);
+    children[child_count - 1].channel = ends[0];
+    return &children[child_count - 1];
+}
+
+/* Gives an order to a worker.  Returns its channel, -1 if there is none. */
+static int employ(enum task task, const char *id, uint32_t lane)
+{
+    struct child *worker = NULL;
+    struct order order;
+    int channel;
+
+    memset(&order, 0, sizeof order);
+    order.task = task;
+    order.lane = lane;
+    strcpy(order.id, id);
+    while (worker == NULL) {
+        worker = find_waiting();
+        if (worker == NULL)
+            worker = start_worker();
+        if (worker == NULL)
+            return -1;
+        if (write(worker->channel, &order, sizeof order) != (ssize_t)sizeof order) {
+            let_go(worker);         /* it has died just now */
+            worker = NULL;
         }
+    }
+    worker->role = task == STORE ? STORES : FORWARDS;
+    worker->lane = lane;
+    worker->storing = task != FORWARD;
+    worker->deadline = task == STORE ? INT64_MAX : clock_ms() + 2000 * (int64_t)try_limit();
+    channel = worker->channel;
+    if (count_workers() > worker_limit)
+        let_go(worker);         /* after this one */
+    return channel;
+}
+
+/* Whatever an exchanger or a name server does to it, a forwarder has an end. */
+static void end_overdue(void)
+{
+    for (size_t i = 0; i < child_count; i++) {
+        if (clock_ms() < children[i].deadline)
+            continue;
+        if (children[i].role == WAITS) {
+            let_go(&children[i]);
+            continue;
+        }
+        logmsg("process %ld killed: its try took longer than %ld seconds", (long)children[i].pid, 2 * try_limit());
+        kill(children[i].pid, SIGKILL);
+        children[i].deadline = INT64_MAX;
+    }
 }
 
 /* ==== Forwarding ========================================================= */
@@ -561,17 +669,11 @@ static void forward_waiting(void)
     long slots = slots_left(false);
 
     for (size_t i = 0; i < waiting_count; i++) {
-        pid_t pid = -1;
+        int channel = -1;
 
-        if (slots > 0 && lane_free(waiting[i].lane) && (pid = spawn(FORWARDS, waiting[i].lane)) < 0)
+        if (slots > 0 && lane_free(waiting[i].lane) && (channel = employ(FORWARD, waiting[i].id, waiting[i].lane)) < 0)
             slots = 0;          /* no process for this one: none for the others */
-        if (pid == 0) {
-            forget_all();
-            close_fd(&due_pipe[1]);
-            default_signals();
-            forward_due(waiting[i].id);
-        }
-        if (pid < 0)
+        if (channel < 0)
             waiting[left++] = waiting[i];
         else
             slots--;
@@ -1272,38 +1374,19 @@ static void inspect(struct transaction *tx, const char *text, const struct line 
 static void end_message(struct session *s)
 {
     struct transaction *tx = s->tx;
-    int ends[2] = { -1, -1 };
-    uint32_t lane = tx->lane;
-    bool forward_now = slots_left(true) > 0 && lane_free(lane);
-    pid_t pid = -1;
+    bool forward_now = slots_left(true) > 0 && lane_free(tx->lane);
 
     keep(tx, ".\r\n", 3);
-    if (tx->refusal != NULL) {
-        reply(s, "%s", tx->refusal);
-        reset(s);
-        return;
+    if (tx->refusal == NULL) {
+        s->channel = employ(forward_now ? STORE_AND_FORWARD : STORE, tx->draft.id, tx->lane);
+        if (s->channel >= 0) {
+            draft_forget(&tx->draft);
+            s->phase = STORING;
+            return;
+        }
     }
-    if (pipe(ends) == 0 && ends[0] < FD_SETSIZE)
-        pid = spawn(forward_now ? FORWARDS : STORES, lane);
-    if (pid == 0) {
-        struct draft draft = tx->draft;     /* kept; all that the session has is forgotten */
-
-        tx->draft.fd = -1;
-        forget_all();
-        close(ends[0]);
-        default_signals();
-        hand_over(&draft, ends[1], due_pipe[1], lane, forward_now);
-    }
-    close_fd(&ends[1]);
-    if (pid < 0) {
-        close_fd(&ends[0]);
-        reply(s, "%s", draft_refusal(EAGAIN));
-        reset(s);
-        return;
-    }
-    draft_forget(&tx->draft);
-    s->pipe = ends[0];
-    s->phase = STORING;
+    reply(s, "%s", tx->refusal != NULL ? tx->refusal : draft_refusal(EAGAIN));
+    reset(s);
 }
 
 /* Consumes what can be consumed of the message.  The draft keeps it as it has
@@ -1346,17 +1429,10 @@ static size_t take_message(struct session *s, const char *bytes, size_t size)
     return used;
 }
 
-/* The child that stores the message has said how that went, or has died. */
-static void take_result(struct session *s)
+/* The child that stores the message has said how that went, or has died: then
+ * the line is empty. */
+static void take_result(struct session *s, const char *line)
 {
-    char line[REPLY_SIZE];
-    ssize_t n = read(s->pipe, line, sizeof line - 1);
-
-    if (n < 0 && errno == EINTR)
-        return;
-    line[n > 0 ? n : 0] = '\0';
-    line[strcspn(line, "\r\n")] = '\0';
-    close_fd(&s->pipe);
     reset(s);
     if (line[0] == '2')
         renew(s);
@@ -1379,19 +1455,30 @@ static void on_signal(int number)
         got_term = 1;
 }
 
-/* The descriptors a session waits on, and until when. */
+/* The descriptor a session waits on, and until when.  While its message is being
+ * stored, that is the worker's. */
 static void fill_session(const struct session *s, fd_set *readable, fd_set *writable, int *top, int64_t *until)
 {
-    int fd = s->phase == STORING ? s->pipe : s->fd;
-
-    if (s->out.size > 0 && s->phase != STORING)
-        FD_SET(fd, writable);       /* who does not take its replies is not read from */
+    if (s->phase == STORING)
+        return;
+    if (s->out.size > 0)
+        FD_SET(s->fd, writable);    /* who does not take its replies is not read from */
     else
-        FD_SET(fd, readable);
-    if (fd > *top)
-        *top = fd;
-    if (s->phase != STORING && s->deadline < *until)
+        FD_SET(s->fd, readable);
+    if (s->fd > *top)
+        *top = s->fd;
+    if (s->deadline < *until)
         *until = s->deadline;
+}
+
+static void fill_child(const struct child *c, fd_set *readable, int *top, int64_t *until)
+{
+    if (c->channel >= 0)
+        FD_SET(c->channel, readable);
+    if (c->channel > *top)
+        *top = c->channel;
+    if (c->deadline < *until)
+        *until = c->deadline;
 }
 
 /* Fills the sets; pselect() will change them, so they are made anew each time. */
@@ -1413,8 +1500,7 @@ static void fill(fd_set *readable, fd_set *writable, int *top, int64_t *until)
     if (!divided && !got_term && find_child(FINDS) < 0 && runner_from < *until)
         *until = runner_from;
     for (size_t i = 0; i < child_count; i++)
-        if (children[i].deadline < *until)
-            *until = children[i].deadline;
+        fill_child(&children[i], readable, top, until);
     if (rest_until > clock_ms()) {
         if (rest_until < *until)
             *until = rest_until;
@@ -1502,8 +1588,7 @@ static void hear(struct session *s)
 /* Serves a session for which something has happened. */
 static void serve_session(struct session *s, const fd_set *readable, const fd_set *writable)
 {
-    int fd = s->phase == STORING ? s->pipe : s->fd;
-    bool ready = FD_ISSET(fd, readable) || FD_ISSET(fd, writable);
+    bool ready = FD_ISSET(s->fd, readable) || FD_ISSET(s->fd, writable);
     int64_t now = clock_ms();
 
     if (s->phase == CLOSING && now >= s->deadline) {
@@ -1511,7 +1596,7 @@ static void serve_session(struct session *s, const fd_set *readable, const fd_se
     } else if (s->phase < STORING && now >= (ready ? s->limit : s->deadline)) {
         reply(s, "421 4.4.2 %s Error: timeout exceeded", settings.hostname);
         start_closing(s);
-    } else if (FD_ISSET(fd, writable)) {
+    } else if (FD_ISSET(s->fd, writable)) {
         size_t before = s->out.size;
 
         flush(s);
@@ -1519,13 +1604,73 @@ static void serve_session(struct session *s, const fd_set *readable, const fd_se
             extend_deadline(s);
         if (s->out.size == 0 && s->phase < STORING)
             converse(s, s->in.bytes, s->in.size);
-    } else if (FD_ISSET(fd, readable) && s->phase == STORING) {
-        take_result(s);
-        if (s->phase < STORING)
-            converse(s, s->in.bytes, got_term ? 0 : s->in.size);
-    } else if (FD_ISSET(fd, readable)) {
+    } else if (FD_ISSET(s->fd, readable)) {
         hear(s);
     }
+}
+
+/* The client whose message a worker stores hears how that went; an empty line:
+ * the worker has died. */
+static void answer_client(struct child *worker, const char *line)
+{
+    int channel = worker->channel;
+
+    worker->storing = false;
+    if (count_workers() > worker_limit || worker->pid < 0)
+        let_go(worker);
+    for (size_t i = 0; i < session_count; i++) {
+        struct session *s = sessions[i];
+
+        if (s->phase == STORING && s->channel == channel) {
+            take_result(s, line);
+            converse(s, s->in.bytes, got_term ? 0 : s->in.size);
+            return;
+        }
+    }
+}
+
+/* A worker has done what it had to do, and may be asked for more. */
+static void note_result(struct child *worker, int result)
+{
+    if (worker->role == FORWARDS && result != FORWARD_NOT_TRIED)
+        judge_lane(worker->lane, result == FORWARD_DONE);
+    worker->role = WAITS;
+    worker->deadline = clock_ms() + WORKER_WAIT;
+    if (got_term)
+        let_go(worker);
+}
+
+/* It will say nothing more. */
+static void lose_worker(size_t i)
+{
+    if (children[i].storing)
+        answer_client(&children[i], "");
+    let_go(&children[i]);
+}
+
+/* Takes what a worker says.  Whoever is served in the meantime may need further
+ * workers, and then the list moves. */
+static void hear_worker(size_t i)
+{
+    char text[2 * REPLY_SIZE], *line = text;
+    ssize_t n = read(children[i].channel, text, sizeof text - 1);
+
+    if (n < 0 && (errno == EAGAIN || errno == EINTR))
+        return;
+    text[n > 0 ? n : 0] = '\0';
+    while (*line != '\0') {
+        size_t length = strcspn(line, "\n");
+        char *next = line + length + (line[length] != '\0');
+
+        line[length] = '\0';
+        if (children[i].storing)
+            answer_client(&children[i], line);
+        else
+            note_result(&children[i], atoi(line));
+        line = next;
+    }
+    if (n <= 0)
+        lose_worker(i);
 }
 
 /* A client that gets no session is told why, if it takes so much at once. */
@@ -1543,7 +1688,7 @@ static void turn_away(int fd, const union address *peer, const char *refusal)
 /* A new client: a session, or a refusal. */
 static void welcome(int fd, union address peer)
 {
-    static const struct session fresh = { .pipe = -1, .phase = PROXIED };
+    static const struct session fresh = { .phase = PROXIED };
     char refusal[REFUSAL_SIZE] = "421 4.3.0 Error: out of memory, try again later";
     struct session *s = NULL;
     bool proxy;
@@ -1567,6 +1712,28 @@ static void welcome(int fd, union address peer)
     flush(s);
 }
 
+/* Each of the two processes keeps the workers that are its own: those that store
+ * for a client go with the clients. */
+static void divide_workers(void)
+{
+    size_t left = 0;
+
+    for (size_t i = 0; i < child_count; i++) {
+        struct child *c = &children[i];
+
+        if (c->storing != divided)
+            close_fd(&c->channel);
+        if (divided) {
+            c->pid = -1;
+            c->deadline = INT64_MAX;
+        }
+        c->storing = c->storing && divided;
+        if (c->storing || !divided)
+            children[left++] = *c;
+    }
+    child_count = left;
+}
+
 /* The table is full: a child takes all clients over, and this process, which
  * keeps the pid and the listening sockets, begins with an empty table. */
 static void divide(void)
@@ -1586,6 +1753,8 @@ static void divide(void)
         forget_server();
         waiting_count = guest_count = 0;
     }
+    if (pid >= 0)
+        divide_workers();
 }
 
 /* Accepts who waits.  That a listening socket is readable promises nothing:
@@ -1625,6 +1794,9 @@ static void serve(const fd_set *readable, const fd_set *writable)
 
     for (size_t i = 0; i < known; i++)
         serve_session(sessions[i], readable, writable);
+    for (size_t i = 0; i < child_count; i++)
+        if (children[i].channel >= 0 && FD_ISSET(children[i].channel, readable))
+            hear_worker(i);
     if (!divided && FD_ISSET(due_pipe[0], readable))
         take_due();
     if (!divided && FD_ISSET(leave_pipe[0], readable))
@@ -1649,10 +1821,12 @@ static void reap_children(void)
             continue;
         if (WIFSIGNALED(status) && !got_term)
             logmsg("process %ld died of signal %d", (long)pid, WTERMSIG(status));
-        if (children[i].role == FORWARDS && WIFEXITED(status) && WEXITSTATUS(status) == FORWARD_DONE)
-            judge_lane(children[i].lane, true);
-        if (children[i].role == FORWARDS && WIFEXITED(status) && WEXITSTATUS(status) == FORWARD_UNREACHABLE)
-            judge_lane(children[i].lane, false);
+        if (children[i].channel >= 0) {
+            hear_worker(i);
+            lose_worker(i);
+        }
+        if (children[i].role == FORWARDS && WIFEXITED(status))
+            note_result(&children[i], WEXITSTATUS(status));
         if (children[i].role == FINDS)
             runner_from = clock_ms() + REST;    /* if it cannot live, it is not to die in a loop */
         if (children[i].role == SERVES)
@@ -1711,7 +1885,9 @@ static void stop(void)
         }
     }
     for (size_t i = 0; i < child_count; i++)
-        if (children[i].role >= FINDS)
+        if (children[i].role == WAITS)
+            let_go(&children[i]);
+        else if (children[i].role >= FINDS)
             kill(children[i].pid, SIGTERM);
 }
 
@@ -1721,7 +1897,7 @@ static void reap(void)
         got_child = 0;
         reap_children();
     }
-    kill_overdue();
+    end_overdue();
     if (got_term)
         stop();
     reap_sessions();
@@ -2024,7 +2200,7 @@ static void drop_root(const struct passwd *user)
 }
 
 /* A table must never need a descriptor that an fd_set cannot hold: each client
- * may have two, its socket and its draft or pipe. */
+ * may have two, its socket and its draft or worker; and so may some workers. */
 static void size_table(void)
 {
     long limit = sysconf(_SC_OPEN_MAX);
@@ -2034,7 +2210,10 @@ static void size_table(void)
     errno = 0;
     if (limit < RESERVE + 4)
         die("%ld open files are too few: raise the limit (ulimit -n) to %d or more", limit, RESERVE + 4);
-    session_limit = (size_t)(limit - RESERVE) / 2;
+    worker_limit = (size_t)(limit - RESERVE) / 16;
+    if (worker_limit > WORKERS)
+        worker_limit = WORKERS;
+    session_limit = ((size_t)(limit - RESERVE) - worker_limit) / 2;
 }
 
 static void default_names(void)

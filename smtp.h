@@ -157,8 +157,19 @@ const char *draft_refusal(int error);
 
 /* ---- forward.c: what runs in a child and never returns ----------------- */
 
-/* How a forwarder exits: the server counts on it to be fair (see smtp.c). */
-enum { FORWARD_DONE = 0, FORWARD_UNREACHABLE = 75 };
+/* What the server asks of a worker: to store the draft of this id, to forward a
+ * message of this id that is in queue/, or the one and then the other. */
+enum task { STORE, FORWARD, STORE_AND_FORWARD };
+
+struct order {
+    enum task task;
+    uint32_t lane;          /* of its first recipient */
+    char id[ID_SIZE];
+};
+
+/* What became of an order, and how a worker exits after its last: the server
+ * counts on it to be fair (see smtp.c). */
+enum result { FORWARD_DONE = 0, FORWARD_NOT_TRIED = 1, FORWARD_UNREACHABLE = 75 };
 
 /* Seconds that a try may take: then every step of it is over, and the rest is
  * for later.  A forwarder that is there after twice as many is to be killed. */
@@ -168,13 +179,11 @@ long try_limit(void);
  * where all mail goes to the smarthost. */
 uint32_t lane_of(const char *domain);
 
-/* Makes the draft durable, then writes the client's reply line to `reply_fd`
- * and closes it.  With `forward_now` it goes on to forward the message, else it
- * offers it on `due_fd` and exits. */
-void hand_over(struct draft *d, int reply_fd, int due_fd, uint32_t lane, bool forward_now);
-
-/* Tries everybody a message in queue/ is still owed to, once. */
-void forward_due(const char *id);
+/* Carries out the orders that come from the socket `channel`, one after another,
+ * until its end.  Answers with lines: where a draft is stored, the client's reply
+ * as soon as the message is durable; and at the end the result, as a number.
+ * What is stored and not to be forwarded is offered on `due_fd`. */
+void work(int channel, int due_fd);
 
 /* One line on the due pipe: an id and its lane, in hexadecimal.  Shorter than
  * _POSIX_PIPE_BUF (512), so that lines of several writers never mix. */

@@ -449,7 +449,8 @@ def test_a_child_holds_nobodys_socket(world):
         assert client.say("QUIT") == "221 2.0.0 OK"
         assert client.eof()
     held = [{name for name in descriptors(pid) if name.startswith("socket:")} for pid in children(world.relay.pid)]
-    assert sorted(map(len, held)) == [0, 1]         # the queue runner's, and the forwarder's to the exchanger
+    # The queue runner's, and the worker's: to the server and to the exchanger.
+    assert sorted(map(len, held)) == [0, 2]
     assert not set.union(*held) & descriptors(world.relay.pid)
 
 
