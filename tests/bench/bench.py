@@ -242,8 +242,9 @@ def one_message(peer, sink, run, number):
 
 
 def hold(host, port, first, count, pipe):
-    """In a process of its own: connects `count` clients, says how many, and holds them."""
-    clients = []
+    """In a process of its own: connects `count` clients, says how many, and holds them.
+    Told the name of a run, each sends a message, and it says how many were taken."""
+    clients, letter = [], LETTER.replace("\n", "\r\n").encode() + b".\r\n"
     with contextlib.suppress(OSError):
         for number in range(first, first + count):
             third, fourth = divmod(number // CLIENTS_AT_ADDRESS, 250)
@@ -258,7 +259,16 @@ def hold(host, port, first, count, pipe):
             clients.append(sock)
     pipe.send(len(clients))
     with contextlib.suppress(EOFError):
-        pipe.recv()         # holds them until the other end is gone
+        while True:         # holds them until the other end is gone
+            run, taken = pipe.recv(), 0
+            for number, sock in enumerate(clients, first + 1):
+                with contextlib.suppress(OSError):
+                    for part in (b"MAIL FROM:<bench@example.org>\r\n", f"RCPT TO:<{number}{run}@{DOMAIN}>\r\n".encode(),
+                                 b"DATA\r\n", letter):
+                        sock.sendall(part)
+                        reply = sock.recv(4096)
+                    taken += reply.startswith(b"250 ")
+            pipe.send(taken)
 
 
 class Crowd:
@@ -285,6 +295,16 @@ class Crowd:
         missing = sum(number - here.recv() for here, number in started)
         if missing:
             raise Beyond(f"serves {count - missing} of {count} idle clients")
+
+    def deliver(self, run):
+        """Each of them sends a message; the seconds until all are taken."""
+        began = time.monotonic()
+        for _, here in self._holders:
+            here.send(run)
+        taken = sum(here.recv() for _, here in self._holders)
+        if taken < self._count:
+            raise Failed(f"of {self._count} clients {self._count - taken} could not send a message")
+        return time.monotonic() - began
 
     def leave(self):
         for holder, here in self._holders:
@@ -318,7 +338,7 @@ class Watch:
 
     def __init__(self, peer):
         self._peer = peer
-        self.one = self.all = 0         # kilobytes: the largest process, and all together
+        self.one = self.own = self.all = 0      # kilobytes: the largest process, its own share of it, all together
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._watch)
 
@@ -326,7 +346,8 @@ class Watch:
         while not self._end.wait(0.1):
             pids = self._peer.pids()
             self.one = max(self.one, *(memory(pid, "Rss") for pid in pids))
-            self.all = max(self.all, sum(memory(pid, "Pss") for pid in pids))
+            shares = [memory(pid, "Pss") for pid in pids]
+            self.own, self.all = max(self.own, *shares), max(self.all, sum(shares))
 
     def __enter__(self):
         self._thread.start()
@@ -454,6 +475,7 @@ def large(bench, peer):
         last = max(arrival.time for arrival in bench.sink.wait(run, numbers))
     bench.record(peer, "large rate", 0, len(numbers) * LARGE / 1e6 / (last - began))
     bench.record(peer, "large one process", 0, watch.one / 1024)
+    bench.record(peer, "large own", 0, watch.own / 1024)
     bench.record(peer, "large all processes", 0, watch.all / 1024)
 
 
@@ -513,6 +535,10 @@ def idle(bench, peer):
             each = (memory_of_all(peer) - before) / count
             bench.record(peer, "idle", count, each)
             one_by_one(bench, peer, count, "crowded ", 20)
+        run = bench.run()
+        seconds = crowd.deliver(run)
+        bench.sink.wait(run, range(1, count + 1))
+        bench.record(peer, "crowd", count, count / seconds)
     finally:
         crowd.leave()
 
@@ -676,11 +702,13 @@ SUMMARY = [
     ("one message, ms to its arrival", "latency arrival", 0),
     ("KB per idle client", "idle", None),
     ("one message beside them, ms to its arrival", "crowded arrival", None),
+    ("... a message from each of them, accepted /s", "crowd", None),
     ("backlog drained /s", "drain", 0),
     ("CPU ms per drained message", "drain cpu", 0),
     ("seconds until it begins", "drain wait", 0),
     ("10 MB messages, MB/s", "large rate", 0),
     ("largest process then, MB", "large one process", 0),
+    ("... without its share of what others use, too", "large own", 0),
     ("all processes then, MB", "large all processes", 0),
 ]
 

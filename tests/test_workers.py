@@ -1,0 +1,111 @@
+"""The children that store and forward: one message at a time, and perhaps several after another."""
+import os
+import signal
+import threading
+from pathlib import Path
+
+import pytest
+
+from lab import children, wait_for
+
+pytestmark = pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="no /proc to see processes in")
+
+QUEUED = "250 2.0.0 Ok: queued as "
+LETTER = "Subject: x\n\nDear Nour\n"
+
+
+def workers(server):
+    """All children but the queue runner, which is the oldest."""
+    return set(children(server.pid)) - {min(children(server.pid))}
+
+
+@pytest.fixture
+def gate(world):
+    """Holds up every message at the exchanger until it is set."""
+    gate = threading.Event()
+    world.exchanger.set(replies={"MAIL": lambda connection: None if gate.wait(60) else "451 4.3.0 no"})
+    yield gate
+    gate.set()
+
+
+@pytest.fixture
+def server(world):
+    wait_for(lambda: children(world.relay.pid), what="the queue runner")
+    return world.relay
+
+
+def test_a_worker_takes_several_messages(world, server):
+    """One after another, as long as they come soon."""
+    def again():
+        server.send("b@example.net", sender="")
+        server.outcomes("b@example.net", count=len(seen) + 1)
+        seen.append(workers(server))
+        return any(a & b for a, b in zip(seen, seen[1:]))       # not where this machine sleeps that long
+
+    seen = []
+    wait_for(again, what="a worker that takes a second message")
+    wait_for(lambda: not workers(server), what="the end of a worker that is not needed")
+
+
+def test_messages_at_once_get_a_worker_each(world, server, gate):
+    """Nobody waits behind a message that takes long."""
+    for _ in range(5):
+        server.send("b@example.net", sender="")
+    wait_for(lambda: len(world.exchanger.connections) == 5)
+    assert len(workers(server)) == 5
+    gate.set()
+    assert len(server.outcomes("b@example.net", count=5)) == 5
+
+
+def test_a_worker_that_died_while_it_waited_is_not_missed(world, server):
+    """The next message gets another."""
+    def killed():
+        server.send("b@example.net", sender="")
+        count[0] += 1
+        server.outcomes("b@example.net", count=count[0])
+        victims = workers(server)
+        for pid in victims:
+            os.kill(pid, signal.SIGKILL)
+        return victims
+
+    count = [0]
+    for _ in range(3):
+        wait_for(killed, what="a worker that waits")
+    server.send("b@example.net", sender="")
+    assert all(outcome.status == "sent" for outcome in server.outcomes("b@example.net", count=count[0] + 1))
+    assert server.queue() == server.tmp() == []
+
+
+def test_few_are_kept_in_touch_with(world, relay, tmp_path, gate):
+    """However many forward: descriptors are for clients."""
+    server = relay("-j", 120, "-c", 0, mx_port=world.exchanger.port, spool=tmp_path / "other")
+    wait_for(lambda: children(server.pid), what="the queue runner")
+    for _ in range(60):
+        server.send("b@example.net", sender="")
+    wait_for(lambda: len(world.exchanger.connections) == 60)
+    assert len(workers(server)) == 60
+    assert server.footprint().descriptors <= server.fresh.descriptors + 32
+    gate.set()
+    assert {outcome.status for outcome in server.outcomes("b@example.net", count=60)} == {"sent"}
+    wait_for(lambda: not workers(server), what="the end of all workers")
+    assert server.footprint().descriptors == server.fresh.descriptors
+
+
+def test_a_full_table_divides_while_a_message_is_stored(world, relay, wrapped, strace, tmp_path):
+    """The reply finds its way to the client, through the process that has it by now."""
+    server = relay(mx_port=world.exchanger.port, spool=tmp_path / "other", binary=wrapped("ulimit -n 64"))
+    client = server.client()
+    client.say("HELO me.com")
+    with strace(server.pid, "trace=fsync", "inject=fsync:delay_enter=5000000:when=1") as trace:
+        client.send(b"MAIL FROM:<>\r\nRCPT TO:<b@example.net>\r\nDATA\r\nSubject: x\r\n.\r\n")
+        wait_for(lambda: "fsync" in trace(), what="a message that is being stored")
+        others = [server.client() for _ in range(20)]
+        server.wait_for_log("table full")
+        replies = [client.reply() for _ in range(4)]
+        assert replies[-1].startswith(QUEUED), replies
+    assert client.deliver("", ["b@example.net"], LETTER).startswith(QUEUED)
+    for other in others:
+        assert other.deliver("", ["b@example.net"], LETTER).startswith(QUEUED)
+    world.exchanger.wait_for_messages(22)
+    server.hang_up()
+    wait_for(lambda: not workers(server), what="the end of all others")
