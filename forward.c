@@ -85,6 +85,8 @@ enum {
     GROUP_LIMIT = 100,          /* recipients in one transaction: RFC 5321 4.5.3.1.8 */
     DOMAINS_AT_ONCE = 10,
     REPLY_LINES = 100,
+    KEPT = 200,                 /* ms that a connection waits for another message to its exchanger ... */
+    KEPT_MESSAGES = 100,        /* ... and messages it takes at most */
     HEADER_LIMIT = 32768        /* octets of the original's header in a report */
 };
 
@@ -903,6 +905,8 @@ struct exchange {
     int64_t begun, connected, greeted;  /* microseconds; 0: not yet */
     bool pipelining, eight_bit, sized;  /* what EHLO offered */
     unsigned long long max_size;        /* SIZE's number, 0 for any */
+    bool ready;                         /* it has been greeted in turn, and may be given messages ... */
+    unsigned messages;                  /* ... of which it has had so many */
     const char *id;                     /* the message's, for the log */
     int code;                           /* of the last reply */
     unsigned lines;                     /* of the reply that is being read */
@@ -913,7 +917,9 @@ struct exchange {
 };
 
 struct route {
+    char domain[PATH_LIMIT];
     struct exchange x[ADDRESS_LIMIT];   /* by preference */
+    struct exchange *open;              /* left open after a message, for the next; or NULL */
     size_t count;
     enum outcome outcome;               /* SENT: there is a way; else why there is none */
     bool whole;                         /* no exchanger is missing for want of an answer from DNS */
@@ -1068,6 +1074,8 @@ static void find_route(struct route *route, const char *domain)
     char literal[DNS_NAME_SIZE];
     union address a;
 
+    snprintf(route->domain, sizeof route->domain, "%s", domain);
+    route->open = NULL;
     route->count = 0;
     route->whole = true;
     route->outcome = SENT;
@@ -1509,6 +1517,8 @@ static void spend(struct exchange *x)
 static void start_connecting(struct exchange *x)
 {
     x->connected = x->greeted = 0;
+    x->ready = false;
+    x->messages = 0;
     x->size = x->lines = 0;
     x->begun = clock_us();
     x->deadline = step_deadline(CONNECT);
@@ -1687,12 +1697,49 @@ static bool transact_all(struct exchange *x, struct message *m, struct recipient
     return true;
 }
 
-/* The whole dialogue with an exchanger that has greeted us. */
+/* The way of the message before, which the next one to the same domain may take. */
+static struct route *kept;
+static bool keeping;        /* there are more to come where this message goes */
+
+static void drop_kept(void)
+{
+    if (kept != NULL)
+        let_go(kept->open);
+    free(kept);
+    kept = NULL;
+}
+
+/* The way to this domain that was kept, if it still goes.  Whatever happened to
+ * the message before, the other exchangers on it have another chance. */
+static struct route *take_kept(const char *domain, const char *id)
+{
+    struct route *route = kept;
+
+    if (route == NULL || (settings.smarthost == NULL && strcasecmp(route->domain, domain) != 0)) {
+        drop_kept();
+        return NULL;
+    }
+    for (struct exchange *x = route->x; x < route->x + route->count; x++)
+        if (x != route->open)
+            x->progress = UNTRIED;
+    route->open->id = id;
+    if (judge(say(route->open, ENVELOPE, "RSET\r\n")) != SENT) {
+        drop_kept();
+        return NULL;
+    }
+    logmsg("%s goes to %s, like the message before", id, route->open->label);
+    kept = NULL;
+    return route;
+}
+
+/* The whole dialogue with an exchanger that has greeted us.  It is left open where
+ * more messages are to come. */
 static void talk(struct exchange *x, struct message *m, struct recipient **to, size_t count)
 {
-    enum outcome hello = say_hello(x);
+    enum outcome hello = x->ready ? SENT : say_hello(x);
     bool alive = x->code != 0;
 
+    x->ready = hello == SENT;
     if (hello != SENT)
         settle_all(to, count, hello, x->label, x->words);
     else if (x->max_size > 0 && m->size > x->max_size)
@@ -1701,6 +1748,8 @@ static void talk(struct exchange *x, struct message *m, struct recipient **to, s
         settle_all(to, count, FAILED, x->label, "5.6.3 8-bit content, and this exchanger offers no 8BITMIME");
     else
         alive = transact_all(x, m, to, count);
+    if (alive && x->ready && keeping && !m->part && !any_pending(to, count) && ++x->messages < KEPT_MESSAGES)
+        return;
     if (alive)
         say(x, QUIT, "QUIT\r\n");
     spend(x);
@@ -1724,11 +1773,14 @@ static void blame_last(const struct route *route, unsigned preference, struct re
  * false if that failed for want of anybody who answers. */
 static bool deliver(struct message *m, struct recipient **to, size_t count)
 {
-    struct route *route = allocate(NULL, sizeof *route);
+    struct route *route = take_kept(domain_of(to[0]->address), m->id);
     bool reached = false, refused = true;
     size_t i = 0;
 
-    find_route(route, domain_of(to[0]->address));
+    if (route == NULL) {
+        route = allocate(NULL, sizeof *route);
+        find_route(route, domain_of(to[0]->address));
+    }
     if (route->outcome != SENT)
         settle_all(to, count, route->outcome, "-", route->words);
     for (size_t k = 0; k < route->count; k++)
@@ -1737,11 +1789,12 @@ static bool deliver(struct message *m, struct recipient **to, size_t count)
         survey(m);
     while (i < route->count && any_pending(to, count)) {
         unsigned preference = route->x[i].preference;
-        struct exchange *x = race(route, preference);
+        struct exchange *x = route->open != NULL ? route->open : race(route, preference);
 
         if (x != NULL) {
             reached = true;
             talk(x, m, to, count);
+            route->open = x->progress == SPENT ? NULL : x;
             continue;
         }
         blame_last(route, preference, to, count);
@@ -1754,7 +1807,10 @@ static bool deliver(struct message *m, struct recipient **to, size_t count)
             to[k]->pending = false;
         }
     reached = reached || route->outcome == FAILED || (route->count > 0 && refused);
-    free(route);
+    if (route->open != NULL)
+        kept = route;
+    else
+        free(route);
     return reached;
 }
 
@@ -1989,6 +2045,7 @@ static bool deliver_parties(struct message *m, const struct party *parties, size
     bool reached = false;
     int status;
 
+    drop_kept();            /* it is not the children's */
     if (!draft_open(&failures, 0))
         return true;
     lock_octets(m->fd, F_UNLCK, 1, 0);      /* the others' octets are free for their children */
@@ -2170,13 +2227,19 @@ void work(int channel, int due_fd)
     enum result result = FORWARD_NOT_TRIED;
     struct order order;
 
-    while (read(channel, &order, sizeof order) == (ssize_t)sizeof order) {
+    for (;;) {
         char line[16];
 
+        if (kept != NULL && !wait_ready(channel, false, clock_ms() + KEPT))
+            drop_kept();
+        if (read(channel, &order, sizeof order) != (ssize_t)sizeof order)
+            break;
+        keeping = order.more;
         result = carry_out(channel, due_fd, &order);
         if (write(channel, line, (size_t)snprintf(line, sizeof line, "%d\n", result)) < 0)
             break;              /* the server has let us go */
     }
+    drop_kept();
     _exit((int)result);
 }
 

@@ -475,15 +475,20 @@ static size_t count_workers(void)
     return count;
 }
 
-/* The worker that has waited least, so that those who are not needed go; NULL:
- * there is none. */
-static struct child *find_waiting(void)
+/* A worker that waits: of this lane, where there is one, since it may have a
+ * connection there; and the one that has waited least, so that those who are not
+ * needed go.  NULL: there is none. */
+static struct child *find_waiting(uint32_t lane)
 {
     struct child *found = NULL;
 
-    for (struct child *c = children; c < children + child_count; c++)
-        if (c->role == WAITS && c->channel >= 0 && (found == NULL || c->deadline > found->deadline))
+    for (struct child *c = children; c < children + child_count; c++) {
+        if (c->role != WAITS || c->channel < 0)
+            continue;
+        if (found == NULL || (c->lane == lane) > (found->lane == lane)
+            || ((c->lane == lane) == (found->lane == lane) && c->deadline > found->deadline))
             found = c;
+    }
     return found;
 }
 
@@ -516,7 +521,7 @@ static struct child *start_worker(void)
 }
 
 /* Gives an order to a worker.  Returns its channel, -1 if there is none. */
-static int employ(enum task task, const char *id, uint32_t lane)
+static int employ(enum task task, const char *id, uint32_t lane, bool more)
 {
     struct child *worker = NULL;
     struct order order;
@@ -525,9 +530,10 @@ static int employ(enum task task, const char *id, uint32_t lane)
     memset(&order, 0, sizeof order);
     order.task = task;
     order.lane = lane;
+    order.more = more;
     strcpy(order.id, id);
     while (worker == NULL) {
-        worker = find_waiting();
+        worker = find_waiting(lane);
         if (worker == NULL)
             worker = start_worker();
         if (worker == NULL)
@@ -662,6 +668,16 @@ static void judge_lane(uint32_t lane, bool reached)
     }
 }
 
+/* Do others wait behind this one in its lane? */
+static bool more_wait(size_t i)
+{
+    size_t k = i + 1;
+
+    while (k < waiting_count && waiting[k].lane != waiting[i].lane)
+        k++;
+    return k < waiting_count;
+}
+
 /* Starts forwarders for those that wait, in their order, while slots are free. */
 static void forward_waiting(void)
 {
@@ -671,7 +687,8 @@ static void forward_waiting(void)
     for (size_t i = 0; i < waiting_count; i++) {
         int channel = -1;
 
-        if (slots > 0 && lane_free(waiting[i].lane) && (channel = employ(FORWARD, waiting[i].id, waiting[i].lane)) < 0)
+        if (slots > 0 && lane_free(waiting[i].lane)
+            && (channel = employ(FORWARD, waiting[i].id, waiting[i].lane, more_wait(i))) < 0)
             slots = 0;          /* no process for this one: none for the others */
         if (channel < 0)
             waiting[left++] = waiting[i];
@@ -1378,7 +1395,7 @@ static void end_message(struct session *s)
 
     keep(tx, ".\r\n", 3);
     if (tx->refusal == NULL) {
-        s->channel = employ(forward_now ? STORE_AND_FORWARD : STORE, tx->draft.id, tx->lane);
+        s->channel = employ(forward_now ? STORE_AND_FORWARD : STORE, tx->draft.id, tx->lane, false);
         if (s->channel >= 0) {
             draft_forget(&tx->draft);
             s->phase = STORING;

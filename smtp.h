@@ -164,6 +164,7 @@ enum task { STORE, FORWARD, STORE_AND_FORWARD };
 struct order {
     enum task task;
     uint32_t lane;          /* of its first recipient */
+    bool more;              /* others wait in this lane: the connection may serve them, too */
     char id[ID_SIZE];
 };
 

@@ -34,6 +34,12 @@ def server(world):
     return world.relay
 
 
+@pytest.fixture
+def narrow(world, relay, tmp_path):
+    """A server that forwards two messages to one place at once."""
+    return relay("-j", 4, mx_port=world.exchanger.port, spool=tmp_path / "narrow")
+
+
 def test_a_worker_takes_several_messages(world, server):
     """One after another, as long as they come soon."""
     def again():
@@ -109,3 +115,58 @@ def test_a_full_table_divides_while_a_message_is_stored(world, relay, wrapped, s
     world.exchanger.wait_for_messages(22)
     server.hang_up()
     wait_for(lambda: not workers(server), what="the end of all others")
+
+
+# ---- One connection for several messages ------------------------------------------------------------
+
+
+def drained(world, server, letters, count):
+    """What waits goes out when the exchanger is back; the connections that it took."""
+    exchanger, before = world.exchanger, len(world.exchanger.messages)
+    exchanger.stop()
+    exchanger.connections.clear()
+    for letter in letters:
+        server.send(*letter["to"], sender="", body=letter.get("body", LETTER))
+    wait_for(lambda: len(server.logged("status=later")) >= count[0] + len(letters))
+    exchanger.start()
+    server.hangup_until(lambda: not server.queue(), what="an empty queue")
+    count[0] = len(server.logged("status=later"))
+    assert len(exchanger.messages) == before + len(letters)
+    return exchanger.connections
+
+
+def test_what_waits_for_one_exchanger_shares_connections(world, narrow):
+    """Each message whole, for its own recipient, after RSET; and QUIT is said at the end."""
+    def shared():
+        connections[:] = drained(world, narrow, letters, later)
+        return len(connections) < len(letters)      # not where the runner is slower than the exchanger
+
+    letters = [{"to": [f"b{number}@example.net"], "body": f"Subject: {number}\n\nx\n"} for number in range(8)]
+    connections, later = [], [0]
+    wait_for(shared, 60, what="a connection that takes several messages")
+    wait_for(lambda: all(connection.closed for connection in connections), what="the end of all connections")
+    for message in world.exchanger.messages:
+        number = message.recipients[0][2:message.recipients[0].index("@")]
+        assert len(message.recipients) == 1 and f"Subject: {number}\r\n".encode() in message.raw
+    for connection in connections:
+        verbs = [command.split()[0].upper() for command in connection.commands]
+        assert verbs[0] == "EHLO" and verbs.count("EHLO") == 1 and verbs[-1] == "QUIT", verbs
+        assert verbs.count("RSET") == verbs.count("MAIL") - 1
+    assert narrow.logged("like the message before")
+
+
+def test_a_connection_that_does_not_last_costs_nothing(world, narrow):
+    """The exchanger hangs up after every message: each goes over a new connection, and is sent once."""
+    world.exchanger.set(drop_after=".")
+    letters = [{"to": ["b@example.net"]}] * 8
+    connections = drained(world, narrow, letters, [0])
+    assert len(connections) == len(world.exchanger.messages) == 8
+
+
+def test_a_connection_serves_one_domain(world, narrow):
+    """Others may share its exchanger, but who says so is their name server, each time."""
+    world.dns.mail("example.org", (10, world.exchanger))
+    letters = [{"to": [f"b@example.{'net' if number % 2 else 'org'}"]} for number in range(8)]
+    for connection in drained(world, narrow, letters, [0]):
+        paths = {command.rpartition("@")[2] for command in connection.commands if command.startswith("RCPT")}
+        assert len(paths) <= 1
