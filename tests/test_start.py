@@ -474,6 +474,36 @@ def test_signals_that_its_parent_did_not_want(world, relay, wrapped, tmp_path, h
     assert server.terminate() == 0
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_each_child_hears_what_would_end_it(world, number):
+    """The server hears signals only while it waits, and what it forks must not stay as deaf:
+    neither who forwards fresh mail, nor who forwards from the queue, nor who looks through it."""
+    server = world.relay
+
+    def expect_end(pid):
+        os.kill(pid, number)
+        server.wait_for_log(rf"^process {pid} died of signal {number}$")
+
+    def forwarder(count):
+        """That of the message, which has come as far as its exchanger lets it."""
+        wait_for(lambda: len(world.exchanger.connections) == count
+                 and "MAIL FROM:<>" in str(world.exchanger.connections[-1].commands))
+        pid, = wait_for(lambda: len(children(server.pid)) == 2 and set(children(server.pid)) - {runner})
+        return pid
+
+    runner, = wait_for(lambda: children(server.pid))
+    world.exchanger.set(stall_at="MAIL")
+    server.send("b@example.net", sender="")
+    expect_end(forwarder(1))
+    server.hangup_until(lambda: len(world.exchanger.connections) == 2)
+    expect_end(forwarder(2))
+    expect_end(runner)
+    world.exchanger.set(stall_at=None)
+    wait_for(lambda: set(children(server.pid)) - {runner}, what="another queue runner")
+    server.hangup_until(lambda: not server.queue())
+    assert len(world.exchanger.messages) == 1
+
+
 # ---- Many clients ---------------------------------------------------------------------------------
 
 
