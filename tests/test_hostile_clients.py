@@ -6,6 +6,7 @@ import re
 import select
 import signal
 import socket
+import struct
 import threading
 
 import pytest
@@ -282,6 +283,20 @@ def test_a_flood_gains_no_time(relay, before, octets):
     with pytest.raises(ConnectionError):
         wait_for(lambda: client.send(octets), timeout=60)
     listener.join()
+
+
+def test_who_hangs_up_before_his_reply_does_no_harm(world):
+    """He has said all he wanted, and is gone when his message is stored.  Writing to him
+    is what SIGPIPE is about, which would end the server, and everybody else's session."""
+    for _ in range(20):
+        with world.relay.client() as client:
+            client.send(b"HELO me.com\r\n" + ENVELOPE)
+            assert [client.reply()[:3] for _ in range(4)] == ["250", "250", "250", "354"]
+            client.send(b"Subject: x\r\n\r\n.\r\n")
+            client.sock.shutdown(socket.SHUT_WR)
+            client.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))    # close() resets
+    world.exchanger.wait_for_messages(20)
+    assert world.relay.process.poll() is None
 
 
 # ---- Memory -----------------------------------------------------------------------------------
