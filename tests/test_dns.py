@@ -744,6 +744,28 @@ def test_mail_does_not_arrive(dns, relay, exchangers, zone, status, words):
     assert not mx.connections
 
 
+@pytest.mark.usefixtures("unharmed")
+def test_hostile_answers_harm_nobody(dns, relay):
+    """All of them at once, each for a domain of its own: mail for it is for later, and other
+    mail goes on.  The domains are as long as example.net, which the pointers count with."""
+    expected = {}
+    for n, (type, records) in enumerate(HOSTILE.values()):
+        domain = f"hosti{n:02}.net"
+        dns.rcode(domain, 0)
+        dns.raw(domain, lambda query, records=records: answer(query, *records), type)
+        expected[domain] = "malformed answer from the name server"
+    for n, forge in enumerate(NOT_OURS.values()):
+        domain = f"forge{n:02}.net"
+        dns.raw(domain, lambda query, forge=forge: [forge(query), answer(query, flags=RESPONSE | SERVFAIL)])
+        expected[domain] = "the name server answers SERVFAIL"
+    server = relay()
+    with server.client() as client:
+        client.deliver("", [f"b@{domain}" for domain in expected], "Subject: x\n\nDear Nour\n")
+    for domain, why in expected.items():
+        outcome, = server.outcomes(f"b@{domain}")
+        assert (outcome.status, outcome.words[:6], outcome.words.rpartition(": ")[2]) == ("later", "4.4.3 ", why)
+
+
 # Several name servers.  With a smarthost there is one look-up, that of its addresses.
 
 @pytest.fixture
