@@ -14,6 +14,8 @@ from lab import HOSTNAME, Exchanger, children, loopback, transcript, wait_for
 
 BODY = "Subject: x\n\nDear Nour\n"
 
+hostile = pytest.mark.usefixtures("unharmed")       # for every test of an exchanger that means harm
+
 
 def send(server, *recipients, body=BODY, sender=""):
     """A message from nobody, whose failures make no further message, unless said."""
@@ -144,6 +146,7 @@ def test_who_said_yes_at_one_exchanger_is_not_taken_to_the_next(dns, exchangers,
     assert outcome(server, "c@example.net").relay == label(first)
 
 
+@hostile
 def test_at_most_ten_exchangers(dns, exchangers, relay):
     many = exchangers(12)
     dns.mail("example.net", *enumerate(many))
@@ -155,6 +158,7 @@ def test_at_most_ten_exchangers(dns, exchangers, relay):
     assert [len(mx.connections) for mx in many] == [1] * 10 + [0] * 2
 
 
+@hostile
 def test_at_most_twenty_addresses(world):
     """Nobody listens at them: what the relay tried is in its log."""
     world.dns.mx("example.net", (10, "mx1.example.net"), (10, "mx2.example.net"))
@@ -477,6 +481,7 @@ def test_4xx(pair, stage):
     assert pair.expect_next().words == "451 4.3.0 wait 4.3.0 a while"
 
 
+@hostile
 @pytest.mark.parametrize("stage", STAGES + ["BODY"])
 @pytest.mark.parametrize("reset", [False, True], ids=["closed", "reset"])
 def test_lost_connection(pair, stage, reset):
@@ -498,6 +503,7 @@ def test_5xx(pair, stage):
     wait_until_empty(server)
 
 
+@hostile
 @pytest.mark.parametrize("others, status", [
     ([], "failed"), (["554 5.3.2 no"], "failed"), (["421 4.3.2 busy"], "later"), (["SERVFAIL"], "later"),
     (["gone"], "later"), (["220 mx"], "sent")], ids=["alone", "5xx", "4xx", "no address", "refused", "220"])
@@ -518,6 +524,7 @@ def test_5xx_greeting(dns, exchangers, relay, others, status, preference):
     assert outcome(server, "b@example.net").status == status
 
 
+@hostile
 @pytest.mark.parametrize("stage, reply", [
     ("CONNECT", "354 go ahead"), ("EHLO", "354 go ahead"), ("MAIL", "354 go ahead"), ("RCPT", "354 go ahead"),
     ("DATA", "250 2.0.0 Ok"), (".", "354 go ahead")])
@@ -528,6 +535,7 @@ def test_reply_out_of_place(pair, stage, reply):
     assert not pair.bad.messages or stage == "."
 
 
+@hostile
 @pytest.mark.parametrize("way", [
     {"drop_after": "."}, {"drop_after": ".", "reset": True}, {"drop_at": "QUIT"}, {"drop_at": "QUIT", "reset": True},
     {"stall_at": "QUIT"}, {"replies": {"QUIT": "500 5.5.1 what"}}, {"replies": {"QUIT": b"\0"}}], ids=str)
@@ -551,6 +559,7 @@ def test_delivered_is_recorded_before_quit(pair):
     assert not server.queue()
 
 
+@hostile
 def test_refused_while_the_message_is_on_its_way(world):
     """Who hangs up may have said why before."""
     def refuse(connection):
@@ -564,9 +573,6 @@ def test_refused_while_the_message_is_on_its_way(world):
 
 
 # ---- Silence, noise and lies -----------------------------------------------------------------------
-
-
-hostile = pytest.mark.usefixtures("unharmed")
 
 
 @contextlib.contextmanager
@@ -620,6 +626,26 @@ def test_silence_in_the_middle_of_the_message(pair):
     assert message.data.endswith(LARGE)
 
 
+@hostile
+def test_hung_up_on_in_the_middle_of_the_message(pair):
+    """By FIN and then RST: to write on is what SIGPIPE is about, which would end the forwarder,
+    and nobody would know why."""
+    def leave(connection):
+        connection.send(b"354 go ahead\r\n")
+        connection.sock.shutdown(socket.SHUT_WR)
+        connection.hang_up(reset=True)
+
+    pair.bad.set(replies={"DATA": leave}, extensions=())
+    pair.good.set(extensions=())        # no SIZE, which LARGE is beyond
+    server = pair.start()
+    send(server, *BOTH, body=LARGE)
+    assert outcome(server, "b@example.net").relay == label(pair.good)
+    assert outcome(server, "b@example.org").words == "4.4.2 connection lost at the message"
+    assert pair.good.messages[0].data.endswith(LARGE)
+    assert not server.logged("died of signal")
+
+
+@hostile
 @pytest.mark.parametrize("stage, seconds", [
     ("CONNECT", 300), ("MAIL", 300), ("RCPT", 300), ("DATA", 120), ("BODY", 180), (".", 600)])
 def test_default_times(world, strace, stage, seconds):
@@ -636,6 +662,7 @@ def test_default_times(world, strace, stage, seconds):
         wait_for(lambda: Path(f"/proc/{forwarder}/stat").read_text().rpartition(") ")[2].startswith("S"))
     waits = re.findall(rf"^{forwarder} .*select.*tv_sec=(\d+)", trace(), re.M)
     assert seconds - 60 < int(waits[-1]) <= seconds
+    world.exchanger.stop()      # nobody waits for it any more
 
 
 def trickle(octets):
@@ -729,6 +756,7 @@ def test_receipt_before_the_message(pair):
     pair.expect_next("-w", "1")
 
 
+@hostile
 @pytest.mark.parametrize("end", [b"\r\n", b"\n"], ids=["CRLF", "LF"])
 def test_terse_replies(world, end):
     codes = {"CONNECT": b"220", "EHLO": b"250-" + end + b"250", "MAIL": b"250", "RCPT": b"251", "DATA": b"354",
@@ -739,6 +767,7 @@ def test_terse_replies(world, end):
     assert (found.status, found.words) == ("sent", "250")
 
 
+@hostile
 @pytest.mark.parametrize("code, status", [(299, "sent"), (499, "later"), (599, "failed")])
 def test_codes_that_no_rfc_lists(world, code, status):
     """The first digit says enough (RFC 5321 4.3.2)."""
