@@ -48,7 +48,7 @@ static void file_set(const void *bytes, size_t size)
     file.removed = false;
 }
 
-static ssize_t memory_pread(int fd, void *bytes, size_t size, off_t at)
+UNGUIDED static ssize_t memory_pread(int fd, void *bytes, size_t size, off_t at)
 {
     assert(fd == FILE_FD && file.open);
     if (at < 0) {       /* the octet before the first of an empty file */
@@ -73,7 +73,7 @@ static int memory_fstat(int fd, struct stat *st)
 }
 
 /* Appends, as O_APPEND does: the whole of it, or what still fits. */
-static ssize_t file_write(const void *bytes, size_t size)
+UNGUIDED static ssize_t file_write(const void *bytes, size_t size)
 {
     size_t room = file.limit > file.size ? file.limit - file.size : 0;
 
@@ -199,7 +199,7 @@ static void memory_log(const char *format, ...)
 /* Whether a file holds only what this server writes: above and below its body
  * printable lines, the last of them torn or not, and in it any octets but a bare
  * CR or LF, with dots doubled. */
-static bool is_tame(const struct message *m)
+UNGUIDED static bool is_tame(const struct message *m)
 {
     const char *body = file.bytes + m->body, *end = file.bytes + m->end, *whole = file.bytes + m->whole;
 

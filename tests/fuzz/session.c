@@ -60,7 +60,7 @@ static struct world {
     bool client_open, pipe_open, draft_open;
 } world;
 
-static void text_add(struct text *text, const void *bytes, size_t size)
+UNGUIDED static void text_add(struct text *text, const void *bytes, size_t size)
 {
     if (text->size + size >= text->room) {
         text->room = 2 * (text->size + size) + 256;
@@ -93,7 +93,7 @@ static ssize_t result_read(void *bytes, size_t size)
     return (ssize_t)strlen(result);
 }
 
-static ssize_t world_read(int fd, void *bytes, size_t size)
+UNGUIDED static ssize_t world_read(int fd, void *bytes, size_t size)
 {
     if (fd == PIPE_OUT)
         return result_read(bytes, size);
@@ -116,12 +116,12 @@ static ssize_t world_read(int fd, void *bytes, size_t size)
 }
 
 /* A line of the log, which nobody outside may forge or colour. */
-static void check_log(const char *line, size_t size)
+UNGUIDED static void check_log(const char *line, size_t size)
 {
     assert(size > 1 && size <= 2048 && line[size - 1] == '\n' && is_printable(line, size - 1));
 }
 
-static ssize_t world_write(int fd, const void *bytes, size_t size)
+UNGUIDED static ssize_t world_write(int fd, const void *bytes, size_t size)
 {
     if (fd == STDERR_FILENO) {
         check_log(bytes, size);
@@ -253,7 +253,7 @@ static struct network loopback = { .bits = 8 };
 
 /* Where the message that begins at `text` ends: behind the first line that is a
  * lone dot.  SIZE_MAX: it does not end. */
-static size_t message_end(const char *text, size_t size, bool lf)
+UNGUIDED static size_t message_end(const char *text, size_t size, bool lf)
 {
     size_t at = 0, end;
 
@@ -273,7 +273,7 @@ static size_t message_end(const char *text, size_t size, bool lf)
 
 /* The message as it has to be stored, its final dot included; nothing where it
  * must be refused. */
-static struct text message_stored(const char *text, size_t size, bool lf)
+UNGUIDED static struct text message_stored(const char *text, size_t size, bool lf)
 {
     struct text stored = { NULL, 0, 0 };
     unsigned long long octets = 0;
@@ -330,7 +330,7 @@ static bool skip_text(const char **p, const char *text)
 
 /* The draft of a message that is handed over: the envelope, our trace, and the
  * message as the client sent it. */
-static void check_draft(const struct session *s, const struct text *expected)
+UNGUIDED static void check_draft(const struct session *s, const struct text *expected)
 {
     static const char trace[] = "\r\nDATA\r\nReceived: from ";
     const char *p = world.draft.bytes, *end = p + world.draft.size;
@@ -372,7 +372,7 @@ static void check_end(const struct session *s, size_t begin)
 
 /* Where the header of a proxy ends that the stream begins with; 0 where it is
  * none, SIZE_MAX where its end has not come. */
-static size_t header_end(const char *stream, size_t size)
+UNGUIDED static size_t header_end(const char *stream, size_t size)
 {
     size_t length;
 
@@ -415,7 +415,7 @@ static void step(struct session *s)
 /* ==== Runs =============================================================== */
 
 /* Replies are lines of printable characters behind a code, short enough. */
-static void check_replies(const struct text *told)
+UNGUIDED static void check_replies(const struct text *told)
 {
     size_t length;
 
@@ -499,7 +499,7 @@ static void run_through(struct session *s)
 
 /* What the client was told, with the same word for every reason to refuse a
  * message: a message with two faults may be refused for either. */
-static struct text without_reasons(const struct text *told)
+UNGUIDED static struct text without_reasons(const struct text *told)
 {
     struct text plain = { NULL, 0, 0 };
     bool final = false;
@@ -517,7 +517,7 @@ static struct text without_reasons(const struct text *told)
     return plain;
 }
 
-static void compare(const struct world *a, const struct world *b)
+UNGUIDED static void compare(const struct world *a, const struct world *b)
 {
     struct text x = without_reasons(&a->told), y = without_reasons(&b->told);
 

@@ -116,7 +116,7 @@ static void check_report(const struct message *m)
 
 /* Whether a recipient reads as it was recorded.  Of a line that was cut off and
  * then ended the last words may be missing. */
-static bool reads_as(const struct recipient *r, const struct recipient *recorded, bool whole)
+UNGUIDED static bool reads_as(const struct recipient *r, const struct recipient *recorded, bool whole)
 {
     if (r->outcome != recorded->outcome || r->said == NULL || recorded->said == NULL)
         return r->outcome == recorded->outcome && r->said == recorded->said;
