@@ -482,7 +482,9 @@ static struct child *find_waiting(uint32_t lane)
 {
     struct child *found = NULL;
 
-    for (struct child *c = children; c < children + child_count; c++) {
+    for (size_t i = 0; i < child_count; i++) {
+        struct child *c = &children[i];
+
         if (c->role != WAITS || c->channel < 0)
             continue;
         if (found == NULL || (c->lane == lane) > (found->lane == lane)

@@ -8,8 +8,9 @@
  * what of it is stored.  Then all at once, or in random pieces to a server whose
  * answers are taken in random pieces, too: which has to come to the same.
  *
- * The session is real from serve_session() on.  The client, the draft's file and
- * the pipe of the child that stores are memory, and fork() only says that it did.
+ * The session is real from serve_session() on, and what the server does with its
+ * workers from hear_worker() on.  The client, the draft's file and the channel of the
+ * worker that stores are memory, and fork() only says that it did.
  */
 #include "fuzz.h"
 #include "readback.h"
@@ -29,13 +30,13 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
-enum { CLIENT = 100, PIPE_OUT, PIPE_IN, DRAFT, DRAFT_LIMIT = 1 << 20, NOON = 1767268800 };  /* 2026-01-01T12:00:00Z */
+enum { CLIENT = 100, CHANNEL, WORKERS_END, DRAFT, DRAFT_LIMIT = 1 << 20, NOON = 1767268800 };  /* 2026-01-01T12:00:00Z */
 
 enum manner { LINES, WHOLE, PIECES };
 
 /* What goes wrong in a run, the same in both. */
 static struct {
-    unsigned fork_fails, store_fails, open_fails;   /* for the message of this number */
+    unsigned worker_fails, store_fails, open_fails; /* for the message of this number */
     size_t disk;            /* octets that fit into a draft */
     bool proxied;           /* the client comes through a proxy */
     bool verbose;           /* with -v, in one of them */
@@ -57,7 +58,8 @@ static struct world {
     struct text draft;
     unsigned drafts;        /* that were begun */
     int64_t now;
-    bool client_open, pipe_open, draft_open;
+    bool client_open, channel_open, draft_open;
+    enum { IDLE, STORING_IT, FORWARDING_IT } worker;
 } world;
 
 UNGUIDED static void text_add(struct text *text, const void *bytes, size_t size)
@@ -82,21 +84,36 @@ static void text_drop(struct text *text)
 
 /* ==== The system ========================================================= */
 
-/* What the child says that stores: it did, it could not, or it has died. */
-static ssize_t result_read(void *bytes, size_t size)
+/* What the worker says: it has stored the message, it could not, or it has died; and
+ * then, perhaps in one go, that it is done with it. */
+static ssize_t answer_read(char *bytes, size_t size)
 {
-    static const char *const results[] = { "250 2.0.0 Ok: queued as x", "452 4.3.1 Error: no", "" };
-    const char *result = results[world.drafts == plan.store_fails ? 1 + world.drafts % 2 : 0];
+    static const char *const replies[] = { "250 2.0.0 Ok: queued as x\n", "452 4.3.1 Error: no\n", "" };
+    size_t length = 0;
 
-    assert(world.pipe_open && size > strlen(result));
-    memcpy(bytes, result, strlen(result));
-    return (ssize_t)strlen(result);
+    assert(world.channel_open && size > 64);
+    if (world.worker == IDLE) {
+        errno = EAGAIN;
+        return -1;
+    }
+    if (world.worker == STORING_IT) {
+        const char *reply = replies[world.drafts == plan.store_fails ? 1 + world.drafts % 2 : 0];
+
+        length = strlen(reply);
+        memcpy(bytes, reply, length);
+        world.worker = FORWARDING_IT;
+        if (length == 0 || world.manner != PIECES || chance(2) == 0)
+            return (ssize_t)length;
+    }
+    memcpy(bytes + length, "0\n", 2);
+    world.worker = IDLE;
+    return (ssize_t)length + 2;
 }
 
 UNGUIDED static ssize_t world_read(int fd, void *bytes, size_t size)
 {
-    if (fd == PIPE_OUT)
-        return result_read(bytes, size);
+    if (fd == CHANNEL)
+        return answer_read(bytes, size);
     assert(fd == CLIENT && world.client_open && size > 0);
     if (world.manner == PIECES && chance(8) == 0) {
         errno = EAGAIN;
@@ -121,12 +138,31 @@ UNGUIDED static void check_log(const char *line, size_t size)
     assert(size > 1 && size <= 2048 && line[size - 1] == '\n' && is_printable(line, size - 1));
 }
 
+/* An order.  What the worker would take over is looked at. */
+static ssize_t order_write(const struct order *order, size_t size)
+{
+    char id[ID_SIZE];
+
+    snprintf(id, sizeof id, "%u", world.drafts);
+    assert(world.channel_open && world.draft_open && world.worker == IDLE);
+    assert(size == sizeof *order && order->task != FORWARD && strcmp(order->id, id) == 0);
+    if (world.drafts == plan.worker_fails) {
+        errno = EPIPE;
+        return -1;
+    }
+    text_add(&world.stored, world.draft.bytes, world.draft.size);
+    world.worker = STORING_IT;
+    return (ssize_t)size;
+}
+
 UNGUIDED static ssize_t world_write(int fd, const void *bytes, size_t size)
 {
     if (fd == STDERR_FILENO) {
         check_log(bytes, size);
         return (ssize_t)size;
     }
+    if (fd == CHANNEL)
+        return order_write(bytes, size);
     assert(fd == CLIENT && world.client_open && size > 0);
     if (world.manner == PIECES && chance(4) == 0) {
         errno = chance(2) > 0 ? EAGAIN : EINTR;
@@ -140,33 +176,33 @@ UNGUIDED static ssize_t world_write(int fd, const void *bytes, size_t size)
 
 static int world_close(int fd)
 {
-    bool *open = fd == CLIENT ? &world.client_open : fd == PIPE_OUT ? &world.pipe_open : NULL;
+    bool *open = fd == CLIENT ? &world.client_open : fd == CHANNEL ? &world.channel_open : NULL;
 
-    if (fd == PIPE_IN)
+    if (fd == WORKERS_END)
         return 0;
     assert(open != NULL && *open);
     *open = false;
     return 0;
 }
 
-static int world_pipe(int ends[2])
+static int world_socketpair(int domain, int type, int protocol, int ends[2])
 {
-    assert(!world.pipe_open);
-    world.pipe_open = true;
-    ends[0] = PIPE_OUT;
-    ends[1] = PIPE_IN;
+    assert(domain == AF_UNIX && type == SOCK_STREAM && protocol == 0 && !world.channel_open);
+    world.channel_open = true;
+    ends[0] = CHANNEL;
+    ends[1] = WORKERS_END;
     return 0;
 }
 
-/* The parent's side of a fork.  What the child would hand over is looked at. */
+/* The parent's side of a fork. */
 static pid_t world_fork(void)
 {
     assert(world.draft_open);
-    if (world.drafts == plan.fork_fails) {
+    if (world.drafts == plan.worker_fails) {
         errno = EAGAIN;
         return -1;
     }
-    text_add(&world.stored, world.draft.bytes, world.draft.size);
+    world.worker = IDLE;
     return 1;
 }
 
@@ -178,7 +214,7 @@ static int world_shutdown(int fd, int how)
 
 static int world_fcntl(int fd, int command, int value)
 {
-    assert(fd == CLIENT && command == F_SETFL && value == O_NONBLOCK);
+    assert((fd == CLIENT || fd == CHANNEL) && command == F_SETFL && value == O_NONBLOCK);
     return 0;
 }
 
@@ -233,7 +269,7 @@ static void world_draft_forget(struct draft *d)
 #define read(fd, bytes, size) world_read(fd, bytes, size)
 #define write(fd, bytes, size) world_write(fd, bytes, size)
 #define close(fd) world_close(fd)
-#define pipe(ends) world_pipe(ends)
+#define socketpair(domain, type, protocol, ends) world_socketpair(domain, type, protocol, ends)
 #define fork() world_fork()
 #define shutdown(fd, how) world_shutdown(fd, how)
 #define fcntl(fd, command, value) world_fcntl(fd, command, value)
@@ -314,7 +350,7 @@ static void check_session(const struct session *s)
     if (s->phase < CLOSING)                         /* whoever a proxy speaks for, no stranger gets in */
         assert(in_network(&s->peer, &loopback));
     assert((s->tx != NULL) == (s->phase >= MAILED && s->phase <= STORING) || s->phase == GONE);
-    assert((s->pipe >= 0) == (s->phase == STORING) || s->phase == GONE);
+    assert(s->phase != STORING || (s->channel == CHANNEL && world.channel_open));
     assert(s->helo != NULL || s->phase <= CONNECTED || s->phase >= CLOSING);
     assert(s->helo == NULL || is_printable(s->helo, strlen(s->helo)));
 }
@@ -362,10 +398,10 @@ static void check_end(const struct session *s, size_t begin)
     struct text expected = message_stored(world.stream + begin, world.heard - begin, s->lf);
 
     if (s->phase == STORING) {
-        assert(expected.size > 0 && world.drafts != plan.fork_fails);
+        assert(expected.size > 0 && world.drafts != plan.worker_fails);
         check_draft(s, &expected);
     } else {
-        assert(expected.size == 0 || plan.disk < DRAFT_LIMIT || world.drafts == plan.fork_fails);
+        assert(expected.size == 0 || plan.disk < DRAFT_LIMIT || world.drafts == plan.worker_fails);
     }
     text_drop(&expected);
 }
@@ -393,22 +429,42 @@ static void check_proxied(const struct session *s, bool answered)
     assert(!answered || (end > 0 && end <= world.heard) || (plan.silent && world.heard == world.size));
 }
 
+/* The worker that has a channel, if there is one. */
+static size_t find_channel(void)
+{
+    size_t i = 0;
+
+    while (i < child_count && children[i].channel < 0)
+        i++;
+    assert((i < child_count) == world.channel_open);
+    return i;
+}
+
 /* One step of the server: it does what it has waited for. */
 static void step(struct session *s)
 {
+    bool storing = s->phase == STORING;
     fd_set readable, writable;
-    int64_t until = INT64_MAX;
+    int64_t until = INT64_MAX, ignored = INT64_MAX;
+    size_t worker = find_channel();
     int top = -1;
 
     FD_ZERO(&readable);
     FD_ZERO(&writable);
     fill_session(s, &readable, &writable, &top, &until);
-    assert(top == (s->phase == STORING ? PIPE_OUT : CLIENT) && (s->phase == STORING || until > world.now));
-    if (plan.silent && world.heard == world.size && s->phase != STORING && FD_ISSET(CLIENT, &readable)) {
+    assert(storing || (top == CLIENT && until > world.now));
+    if (worker < child_count)
+        fill_child(&children[worker], &readable, &top, &ignored);
+    assert(top == (world.channel_open ? CHANNEL : CLIENT));
+    if (plan.silent && world.heard == world.size && !storing && FD_ISSET(CLIENT, &readable)) {
         world.now = until;
-        FD_ZERO(&readable);
+        FD_CLR(CLIENT, &readable);
     }
-    serve_session(s, &readable, &writable);
+    if (!storing)
+        serve_session(s, &readable, &writable);
+    if (worker < child_count && children[worker].channel >= 0
+        && (storing || (s->phase != STORING && (world.manner != PIECES || chance(2) > 0))))
+        hear_worker(worker);
     check_session(s);
 }
 
@@ -452,8 +508,12 @@ static struct session *begin_run(const char *stream, size_t size, enum manner ma
 /* All is over: nothing is left open. */
 static void end_run(void)
 {
+    size_t worker = find_channel();
+
     reap_sessions();
-    assert(session_count == 0 && !world.client_open && !world.pipe_open && !world.draft_open);
+    if (worker < child_count)
+        let_go(&children[worker]);
+    assert(session_count == 0 && !world.client_open && !world.channel_open && !world.draft_open);
     text_drop(&world.draft);
     check_replies(&world.told);
 }
@@ -532,7 +592,7 @@ static void make_plan(const uint8_t *data, size_t size)
 {
     /* Hardly anything but a proxy's header begins with two empty lines. */
     plan.proxied = size >= 4 && memcmp(data, "\r\n\r\n", 4) == 0 ? chance(8) > 0 : chance(32) == 0;
-    plan.fork_fails = chance(8) == 0 ? 1 + (unsigned)chance(3) : 0;
+    plan.worker_fails = chance(8) == 0 ? 1 + (unsigned)chance(3) : 0;
     plan.store_fails = chance(8) == 0 ? 1 + (unsigned)chance(3) : 0;
     plan.open_fails = chance(8) == 0 ? 1 + (unsigned)chance(3) : 0;
     plan.disk = chance(8) == 0 ? chance(1000) : DRAFT_LIMIT;
