@@ -911,6 +911,7 @@ struct exchange {
     int code;                           /* of the last reply */
     unsigned lines;                     /* of the reply that is being read */
     bool in_ehlo;                       /* ... which lists extensions */
+    bool closing;                       /* the last reply was 421: it hangs up (RFC 5321 3.8) */
     char words[REPLY_SIZE];             /* the last reply as one line, or what went wrong instead */
     char in[2048];                      /* received, not yet read */
     size_t size;
@@ -1139,10 +1140,12 @@ static void log_exchange(const struct exchange *x, const char *who, const char *
         logmsg("%s %s %s: %.*s", x->id, x->label, who, (int)size, text);
 }
 
-/* The connection is of no more use; `what` happened. */
+/* The connection is of no more use; `what` happened.  Who has said before why it
+ * would hang up is quoted instead. */
 static void lose(struct exchange *x, const char *what, enum step step)
 {
-    snprintf(x->words, sizeof x->words, "4.4.2 %s at %s", what, steps[step].name);
+    if (!x->closing)
+        snprintf(x->words, sizeof x->words, "4.4.2 %s at %s", what, steps[step].name);
     x->code = 0;
 }
 
@@ -1182,6 +1185,7 @@ static enum reading take_reply_line(struct exchange *x, const char *text, size_t
     if (x->in_ehlo && x->lines > 0 && length > 4)
         note_extension(x, line + 4);
     x->code = code;
+    x->closing = code == 421;
     if (x->lines == 0)
         used = (size_t)snprintf(x->words, sizeof x->words, "%d", code);
     if (length > 4)             /* what does not fit is cut off */
@@ -1520,6 +1524,7 @@ static void start_connecting(struct exchange *x)
     x->ready = false;
     x->messages = 0;
     x->size = x->lines = 0;
+    x->closing = false;
     x->begun = clock_us();
     x->deadline = step_deadline(CONNECT);
     x->progress = CONNECTING;

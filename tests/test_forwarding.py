@@ -491,6 +491,19 @@ def test_lost_connection(pair, stage, reset):
     assert words.startswith("4.4.2 connection lost at ") or (stage == "CONNECT" and words.startswith("4.4.1 "))
 
 
+@pytest.mark.parametrize("stage", ["MAIL", ("RCPT", "<a@example.org>"), ("RCPT", "<b@example.org>"), "DATA"])
+@pytest.mark.parametrize("extensions", [("PIPELINING",), ("8BITMIME",)], ids=["pipelined", "in lockstep"])
+def test_421_says_why_it_hangs_up(pair, stage, extensions):
+    """RFC 5321 3.8: what was sent ahead, or is sent now, has no other answer."""
+    pair.bad.set(replies={stage: "421-4.3.2 mx1\n421 4.3.2 is going down"}, drop_after=stage, extensions=extensions)
+    server = pair.start()
+    send(server, "a@example.org", "b@example.org")
+    for to in "a@example.org", "b@example.org":
+        found = outcome(server, to)
+        assert (found.relay, found.status) == (label(pair.bad), "later")
+        assert found.words == "421 4.3.2 mx1 4.3.2 is going down"
+
+
 @pytest.mark.parametrize("stage", ["HELO", "MAIL", "RCPT", "DATA", "."])
 def test_5xx(pair, stage):
     pair.bad.set(**at(stage, replies={stage: "554-5.7.1 no\n554 5.7.1 never"}))
