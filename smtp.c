@@ -1041,6 +1041,17 @@ static bool is_word(const char *text)
     return *text != '\0' && strlen(text) <= DOMAIN_LIMIT && strchr(text, ' ') == NULL;
 }
 
+/* Letters, digits and hyphens (RFC 5321 4.1.2) with dots between, or an address in
+ * brackets.  No more is asked of it: it is not looked up. */
+static bool is_name(const char *word)
+{
+    if (*word == '[')
+        return word[strlen(word) - 1] == ']';
+    while (is_let_dig(*word) || *word == '-' || *word == '.')
+        word++;
+    return *word == '\0';
+}
+
 /* HELO and EHLO say who is there, and reset (RFC 5321 4.1.4).  False: they do
  * not, and the client has been told. */
 static bool greet(struct session *s, const char *verb, const char *name)
@@ -1069,11 +1080,14 @@ static void do_helo(struct session *s, const char *argument)
         reply(s, "250 %u OK", s->port);
 }
 
+/* Stricter than HELO, to which clients fall back whose machine is called my_pc. */
 static void do_ehlo(struct session *s, const char *argument)
 {
-    if (greet(s, "EHLO", argument))
-        reply(s, "250-%s greets %u\r\n250-PIPELINING\r\n250-SIZE %llu\r\n250-8BITMIME\r\n250 ENHANCEDSTATUSCODES",
-            settings.hostname, s->port, settings.max_size);
+    if (is_word(argument) && !is_name(argument))
+        reply(s, "501 Syntax: EHLO hostname, with letters, digits, hyphens and dots only; HELO takes any name");
+    else if (greet(s, "EHLO", argument))
+        reply(s, "250-%s greets %u\r\n250-PIPELINING\r\n250-SIZE %llu\r\n250-8BITMIME\r\n"
+            "250-ENHANCEDSTATUSCODES\r\n250 HELP", settings.hostname, s->port, settings.max_size);
 }
 
 /* Appends a line to the draft.  False: that failed, which the client has been

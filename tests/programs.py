@@ -122,8 +122,8 @@ def daemon(command, ready, directory, host=None):
 # ---- A client, and an exchanger ----------------------------------------------------
 
 
-def swaks(port, letter):
-    said = finish(program("swaks"), "--server", f"127.0.0.1:{port}", "--helo", "me.com",
+def swaks(port, letter, name="me.com"):
+    said = finish(program("swaks"), "--server", f"127.0.0.1:{port}", "--helo", name,
                   "--from", "nour@example.org", "--to", "friend@example.net", "--data", f"@{letter}")
     assert re.search(r"^<-  250 2\.0\.0 Ok: queued as \S+$", said, re.M), said
 

@@ -86,19 +86,31 @@ def test_ehlo_lists_the_extensions(relay, options, size):
             S: 250-PIPELINING
             S: 250-SIZE {size}
             S: 250-8BITMIME
-            S: 250 ENHANCEDSTATUSCODES
+            S: 250-ENHANCEDSTATUSCODES
+            S: 250 HELP
         """)
 
 
 @pytest.mark.parametrize("verb", ["HELO", "EHLO"])
 @pytest.mark.parametrize("name, taken", [
-    ("me.com", True), ("[192.0.2.1]", True), ("[IPv6:2001:db8::1]", True), ("my_pc", True), ("-", True),
-    ("x" * 255, True), ("", False), ("me com", False), ("x" * 256, False)])
+    ("me.com", True), ("[192.0.2.1]", True), ("[IPv6:2001:db8::1]", True), ("localhost", True), ("pc-17", True),
+    ("3com.example", True), ("-", True), ("me.com.", True), ("x" * 255, True), ("", False), ("me com", False),
+    ("x" * 256, False)])
 def test_a_name_is_one_word(client, verb, name, taken):
     reply = client.say(f"{verb} {name}")
     assert reply.startswith("250") if taken else reply == f"501 Syntax: {verb} hostname"
     # A refused one leaves the state as it was (RFC 5321 4.1.4).
     assert client.say("MAIL FROM:<a@example.org>") == ("250 2.1.0 Ok" if taken else HELO_FIRST)
+
+
+@pytest.mark.parametrize("name", ["my_pc", "_", "me.com:25", "me@com", "[", "[192.0.2.1", "192.0.2.1]", "me.[com]"])
+def test_a_name_of_other_characters_is_for_helo(client, name):
+    """RFC 5321 4.1.2 wants 501; and nobody is sent away for what the machine is called."""
+    assert client.say(f"EHLO {name}") == (
+        "501 Syntax: EHLO hostname, with letters, digits, hyphens and dots only; HELO takes any name")
+    assert client.say("MAIL FROM:<a@example.org>") == HELO_FIRST
+    assert client.say(f"HELO {name}") == f"250 {client.local_port} OK"
+    assert client.say("MAIL FROM:<a@example.org>") == "250 2.1.0 Ok"
 
 
 @pytest.mark.parametrize("line, reply", [
@@ -485,7 +497,7 @@ def random_pieces(stream):
 @pytest.mark.parametrize("pieces, count", [
     (one_write, 1), (one_write, 2), (one_write, 40), (random_pieces, 20), (single_octets, 1), (single_octets, 8)])
 def test_whole_transactions_at_once(world, pieces, count):
-    stream, expected = b"EHLO me.com\r\n", [r"250-.*250 ENHANCEDSTATUSCODES"]
+    stream, expected = b"EHLO me.com\r\n", [r"250-.*250-ENHANCEDSTATUSCODES\n250 HELP"]
     for n in range(count):
         stream += (b"MAIL FROM:<a%d@example.org>\r\nRCPT TO:<nobody>\r\nRCPT TO:<b%d@example.net>\r\nDATA\r\n"
                    b"Subject: %d\r\n\r\nNOOP\r\n..\r\n.\r\n" % (n, n, n))

@@ -17,49 +17,49 @@ from lab import HOSTNAME, wait_for
 from programs import BODY, GREETINGS, finish, on_the_wire, program, swaks, without_received
 
 
-def curl(port, letter):
-    finish(program("curl"), "--silent", "--show-error", "--url", f"smtp://127.0.0.1:{port}/me.com", "--crlf",
+def curl(port, letter, name="me.com"):
+    finish(program("curl"), "--silent", "--show-error", "--url", f"smtp://127.0.0.1:{port}/{name}", "--crlf",
            "--mail-from", "nour@example.org", "--mail-rcpt", "friend@example.net", "--upload-file", letter)
 
 
-def python_smtplib(port, letter):
-    with smtplib.SMTP("127.0.0.1", port, "me.com", timeout=20) as client:
+def python_smtplib(port, letter, name="me.com"):
+    with smtplib.SMTP("127.0.0.1", port, name, timeout=20) as client:
         assert not client.sendmail("nour@example.org", ["friend@example.net"],
                                    on_the_wire(letter.read_text()), ["BODY=8BITMIME"])
 
 
-def smtp_source(port, letter):
-    finish(program("smtp-source"), "-M", "me.com", "-f", "nour@example.org", "-t", "friend@example.net",
+def smtp_source(port, letter, name="me.com"):
+    finish(program("smtp-source"), "-M", name, "-f", "nour@example.org", "-t", "friend@example.net",
            "-F", letter, f"127.0.0.1:{port}")
 
 
-def msmtp(port, letter):
-    finish(program("msmtp"), "--file=/dev/null", "--host=127.0.0.1", f"--port={port}", "--domain=me.com",
+def msmtp(port, letter, name="me.com"):
+    finish(program("msmtp"), "--file=/dev/null", "--host=127.0.0.1", f"--port={port}", f"--domain={name}",
            "--from=nour@example.org", "friend@example.net", input=letter.read_bytes())
 
 
-def perl_net_smtp(port, letter):
+def perl_net_smtp(port, letter, name="me.com"):
     finish(program("perl"), "-MNet::SMTP", "-e", '''
-        my ($port, $letter) = @ARGV;
+        my ($port, $letter, $name) = @ARGV;
         open(my $file, "<:raw", $letter) or die;
-        my $client = Net::SMTP->new("127.0.0.1", Port => $port, Hello => "me.com") or die $@;
+        my $client = Net::SMTP->new("127.0.0.1", Port => $port, Hello => $name) or die $@;
         $client->mail("nour\\@example.org", Bits => "8") && $client->to("friend\\@example.net")
-            && $client->data(<$file>) && $client->quit or die $client->message;''', port, letter)
+            && $client->data(<$file>) && $client->quit or die $client->message;''', port, letter, name)
 
 
-def nodemailer(port, letter):
+def nodemailer(port, letter, name="me.com"):
     paths = os.pathsep.join([os.environ.get("NODE_PATH", ""), "/usr/share/nodejs"])     # where Debian has it
     node = [program("node"), "-e"]
     if subprocess.run([*node, "require('nodemailer')"], env={**os.environ, "NODE_PATH": paths},
                       stderr=subprocess.DEVNULL).returncode != 0:
         pytest.skip("there is no nodemailer here")
     finish(*node, '''
-        const [port, letter] = process.argv.slice(1);
-        require("nodemailer").createTransport({ host: "127.0.0.1", port, name: "me.com" }).sendMail({
+        const [port, letter, name] = process.argv.slice(1);
+        require("nodemailer").createTransport({ host: "127.0.0.1", port, name }).sendMail({
             envelope: { from: "nour@example.org", to: ["friend@example.net"], use8BitMime: true },
             raw: require("fs").readFileSync(letter)
         }).catch((error) => { console.error(error); process.exit(1); });''',
-           port, letter, env={**os.environ, "NODE_PATH": paths})
+           port, letter, name, env={**os.environ, "NODE_PATH": paths})
 
 
 # Some add an empty line to what they are given.
@@ -77,21 +77,33 @@ def test_client_sends_a_message(world, tmp_path, send, surplus):
     assert without_received(message.data) == on_the_wire(GREETINGS + surplus)
 
 
+@pytest.mark.parametrize("send", [swaks, curl, msmtp, python_smtplib, perl_net_smtp, nodemailer, smtp_source],
+                         ids=lambda value: value.__name__)
+def test_client_on_a_machine_with_an_underscore_in_its_name(world, tmp_path, send):
+    """EHLO is refused to it (RFC 5321 4.1.2), and it says HELO (3.2)."""
+    letter = tmp_path / "letter"
+    letter.write_text(GREETINGS)
+    send(world.relay.port, letter, "my_pc")
+    message, = world.exchanger.wait_for_messages(1)
+    assert re.match(rb"Received: from my_pc \(\S+\)\s+by \S+\s+with SMTP ", message.data)
+    assert on_the_wire(GREETINGS) in without_received(message.data)
+
+
 # These write the header themselves, and are given the body alone.
 
 
-def s_nail(port, body, home):
-    settings = [f"mta=smtp://127.0.0.1:{port}", "v15-compat=yes", "smtp-auth=none", "hostname=me.com",
+def s_nail(port, body, home, name="me.com"):
+    settings = [f"mta=smtp://127.0.0.1:{port}", "v15-compat=yes", "smtp-auth=none", f"hostname={name}",
                 "from=nour@example.org", "ttycharset=utf-8", "sendwait"]
     finish(program("s-nail"), "-:/", "-s", "testing my smtp server",
            *[word for setting in settings for word in ("-S", setting)], "friend@example.net",
            input=body.read_bytes(), env={**os.environ, "HOME": str(home)})
 
 
-def mutt(port, body, home):
+def mutt(port, body, home, name="me.com"):
     (home / "muttrc").write_text(f"""\
 set smtp_url="smtp://127.0.0.1:{port}" ssl_force_tls=no
-set from=nour@example.org use_envelope_from=yes hostname=me.com
+set from=nour@example.org use_envelope_from=yes hostname={name}
 set charset=utf-8 send_charset=utf-8 copy=no
 """)
     finish(program("mutt"), "-n", "-F", home / "muttrc", "-s", "testing my smtp server", "-i", body,
@@ -254,7 +266,7 @@ def test_smtplib_finds_the_extensions(world):
         code, text = client.ehlo()
         assert code == 250 and text.startswith(HOSTNAME.encode())
         assert client.esmtp_features == {"pipelining": "", "size": "52428800", "8bitmime": "",
-                                         "enhancedstatuscodes": ""}
+                                         "enhancedstatuscodes": "", "help": ""}
 
 
 def test_smtplib_is_told_which_recipient_is_refused(world):
