@@ -36,11 +36,12 @@ SERVER =
 FROM =
 TO =
 SINK =
+STRANGER =
 PATIENCE =
 
 conformance: smtp
 	sh tests/run -q --tb=no tests/conformance --report report --server '$(SERVER)' \
-		--from '$(FROM)' --to '$(TO)' --sink '$(SINK)' --patience '$(PATIENCE)'
+		--from '$(FROM)' --to '$(TO)' --sink '$(SINK)' --stranger '$(STRANGER)' --patience '$(PATIENCE)'
 
 # The same of this server and of others, side by side.
 conformance-peers: smtp

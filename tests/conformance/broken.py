@@ -205,7 +205,7 @@ class Session(socketserver.StreamRequestHandler):
     # Lines in, replies out.
 
     def converse(self, greeting):
-        if self.has("3.1-a", "3.1-b"):
+        if self.client_address[0] != "127.0.0.1":
             return self.turn_away()
         self.say(greeting, "new >")
         going_on = greeting[0] == "2"
@@ -218,11 +218,12 @@ class Session(socketserver.StreamRequestHandler):
         return None
 
     def turn_away(self):
-        self.say("554 broken.example takes no mail", "")
-        while self.has("3.1-b") and self.next_line() not in ("QUIT", None):
-            self.say("250 2.0.0 Ok", "")
-        if self.has("3.1-b"):
-            self.say("221 2.0.0 Bye", "")
+        self.say("554 broken.example takes no mail from there", "")
+        if self.has("3.1-a"):
+            return
+        while self.next_line() not in ("QUIT", None):
+            self.say("250 2.0.0 Ok" if self.has("3.1-b") else "503 5.5.1 never", "")
+        self.say("221 2.0.0 Bye", "")
 
     def say(self, reply, where):
         if self.hits(REPLIES, where):

@@ -5,6 +5,7 @@
     --to address        where mail may be sent; without it: nowhere
     --sink host:port    where the suite listens as the exchanger that mail for --to is
                         relayed to, so that it sees what arrives
+    --stranger address  an address of this machine that the server refuses
     --patience seconds  how long to be silent for the time-outs; without it: not at all
     --report directory  where to write report.txt, report.json and report.html
 """
@@ -52,7 +53,7 @@ def target(request, tmp_path_factory):
     elif option(config, "server"):
         sink = lab.Exchanger(*endpoint(option(config, "sink"))) if option(config, "sink") else None
         yield Target(*endpoint(option(config, "server")), option(config, "from"), option(config, "to") or None,
-                     sink, patience)
+                     sink, patience, stranger=option(config, "stranger") or None)
         if sink:
             sink.stop()
     else:

@@ -65,22 +65,24 @@ def unless_refused(reply):
 class Target:
     """The server under test, and what may be done to it."""
 
-    def __init__(self, host, port, sender="", recipient=None, sink=None, patience=0, wait=60):
+    def __init__(self, host, port, sender="", recipient=None, sink=None, patience=0, wait=60,
+                 stranger=None):
         self.host, self.port = host, port
         self.sender = sender        # for MAIL; "" is the null reverse-path
         self.recipient = recipient  # where mail may be sent; None: nowhere
         self.sink = sink            # the lab's Exchanger that this mail arrives at
         self.patience = patience    # seconds of silence that may be spent
         self.wait = wait            # seconds for a message to get there
+        self.stranger = stranger    # an address of ours that the server refuses
         self.sessions = []          # those of the current test
         self.connections = 0
 
-    def connect(self):
-        """A session that has been greeted, whatever the greeting."""
+    def connect(self, source=None):
+        """A session that has been greeted, whatever the greeting; from an address of ours."""
         self.connections += 1
         if self.connections > CONNECTIONS:
             pytest.exit("more connections than the suite may make", 3)
-        self.sessions.append(Session(self))
+        self.sessions.append(Session(self, source))
         return self.sessions[-1].greet()
 
     def session(self, greeting=None):
@@ -125,14 +127,14 @@ class Session:
     """One connection.  It reads as generously as a client may, so that one fault is
     one test's; what was strictly heard is in `raw`."""
 
-    def __init__(self, target, timeout=30):
+    def __init__(self, target, source=None, timeout=30):
         self.target = target
         self.transcript = []
         self.raw = b""
         self.greeting = None
         self.extended = False       # whether EHLO was accepted
         self.extensions = {}        # keyword: its parameters
-        self._sock = socket.create_connection((target.host, target.port), timeout)
+        self._sock = socket.create_connection((target.host, target.port), timeout, (source, 0) if source else None)
         self._sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._stream = self._sock.makefile("rb")
 

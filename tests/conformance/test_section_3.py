@@ -9,9 +9,10 @@ MAILBOX = re.compile(r"[^\s<>@]+@[^\s<>@]+")
 
 def refused(target):
     """A session that was greeted with 554."""
-    session = target.connect()
+    session = target.connect(target.stranger)
     if session.greeting.code != "554":
-        not_applicable("the server does not refuse sessions with 554")
+        not_applicable("the server does not refuse this session with 554"
+                       + (": name an address that it refuses with STRANGER" if not target.stranger else ""))
     return session
 
 
