@@ -1,6 +1,11 @@
 """The conformance suite itself: that each of its tests can fail, and for its own reason only."""
+import contextlib
+import io
+import multiprocessing
+import os
 import re
 import sys
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -14,61 +19,63 @@ from broken import FAULTS, SEEN_BY, Broken      # noqa: E402
 from dialogue import Target     # noqa: E402
 
 
-class Run:
-    """The suite, run in this process on a target; verdicts by requirement, without the R-."""
+class Verdicts:
+    """Keeps those of a run, by requirement, without the R-."""
 
-    def __init__(self, target, *arguments):
+    def __init__(self, target):
         self.target, self.results = target, []
-        pytest.main(["-q", "--tb=short", "-p", "no:cacheprovider", "-p", "no:faulthandler",
-                     "--rootdir", str(SUITE.parent), str(SUITE), *arguments], plugins=[self])
-        self.verdicts = {result.requirement.id[2:]: result.verdict for result in self.results}
 
     def pytest_configure(self, config):
         config.target, config.results = self.target, self.results
 
     def of(self, verdict):
-        return {requirement for requirement, each in self.verdicts.items() if each == verdict}
+        return {result.requirement.id[2:] for result in self.results if result.verdict == verdict}
+
+
+def run_on(fault, *arguments, patience=0):
+    """Runs the suite in this process where this is wrong.  Returns (what fails, what is not
+    applicable, what passes), and what it prints.  All that the broken server relays has
+    arrived before its 250, so what does not come need not be awaited."""
+    sink = lab.Exchanger("127.0.0.1")
+    server = Broken(fault, sink.port)
+    found = Verdicts(Target("127.0.0.1", server.port, "nour@example.org", "friend@example.net", sink, patience, wait=0,
+                            stranger=lab.loopback()))
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        pytest.main(["-q", "--tb=short", "-p", "no:cacheprovider", "-p", "no:faulthandler",
+                     "--rootdir", str(SUITE.parent), str(SUITE), *arguments], plugins=[found])
+    server.stop()
+    sink.stop()
+    return tuple(map(found.of, ("fail", "n/a", "pass"))), printed.getvalue()
 
 
 @pytest.fixture(scope="module")
-def sink():
-    exchanger = lab.Exchanger("127.0.0.1")
-    yield exchanger
-    exchanger.stop()
+def runs(request):
+    """The runs that the selected tests ask for, by fault, as many at once as there are processors."""
+    faults = [item.callspec.params["fault"] for item in request.session.items
+              if "runs" in getattr(item, "fixturenames", ())]
+    pool = ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("fork"))
+    yield {fault: pool.submit(run_on, fault) for fault in faults}
+    pool.shutdown(cancel_futures=True)
 
 
-@pytest.fixture
-def run_on(sink):
-    """run_on(fault): what the suite finds where this is wrong.  All that the broken server
-    relays has arrived before its 250, so what does not come need not be awaited."""
-    stranger = lab.loopback()
-
-    def run(fault, *arguments, patience=0):
-        sink.messages.clear()
-        server = Broken(fault, sink.port)
-        try:
-            return Run(Target("127.0.0.1", server.port, "nour@example.org", "friend@example.net", sink, patience, wait=0,
-                              stranger=stranger), *arguments)
-        finally:
-            server.stop()
-    return run
-
-
-def test_nothing_is_found_where_nothing_is_wrong(run_on):
-    run = run_on(None)
-    assert run.of("fail") == set()
-    assert run.of("n/a") == {"4.5.3.2.7-a"}        # silence takes its time: it is tried below
-    assert set(run.verdicts) == FAULTS
+def test_nothing_is_found_where_nothing_is_wrong():
+    (fail, not_applicable, passed), printed = run_on(None)
+    print(printed)
+    assert fail == set()
+    assert not_applicable == {"4.5.3.2.7-a"}        # silence takes its time: it is tried below
+    assert passed == FAULTS - not_applicable
 
 
 @pytest.mark.parametrize("fault", sorted(FAULTS - {"4.5.3.2.7-a"}))
-def test_what_is_wrong_is_found_and_nothing_else(run_on, fault):
-    assert run_on(fault).of("fail") == SEEN_BY.get(fault, {fault})
+def test_what_is_wrong_is_found_and_nothing_else(runs, fault):
+    (fail, _, _), printed = runs[fault].result()
+    print(printed)
+    assert fail == SEEN_BY.get(fault, {fault})
 
 
-def test_impatience_is_found(run_on):
-    assert run_on("4.5.3.2.7-a", "-k", "4_5_3_2_7", patience=20).of("fail") == {"4.5.3.2.7-a"}
-    assert run_on(None, "-k", "4_5_3_2_7", patience=0.2).of("pass") == {"4.5.3.2.7-a"}
+def test_impatience_is_found():
+    assert run_on("4.5.3.2.7-a", "-k", "4_5_3_2_7", patience=20)[0][0] == {"4.5.3.2.7-a"}
+    assert run_on(None, "-k", "4_5_3_2_7", patience=0.2)[0][2] == {"4.5.3.2.7-a"}
 
 
 # ---- The index of requirements --------------------------------------------------------------
