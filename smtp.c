@@ -181,6 +181,7 @@ struct session {
     bool lf;                /* that line ended in a bare LF: so do all */
     bool skipping;          /* inside a command line that is too long */
     bool extended;          /* EHLO, not HELO */
+    bool check;             /* a proxy that only looks whether we live: it sends no mail */
     unsigned errors;        /* 5xx replies since the last completed transaction */
     int64_t deadline;       /* by clock_ms(): it has to say something before */
     int64_t limit;          /* and to have completed a transaction before */
@@ -979,9 +980,9 @@ static void begin(struct session *s, const union address *peer, bool enters, con
 }
 
 /* Reads a header of version 2 of HAProxy's PROXY protocol, and sets `peer` from
- * it; not where the proxy speaks for itself (LOCAL), to see whether we live.
+ * it; where the proxy speaks for itself, to see whether we live, `local` instead.
  * Returns the header's size, 0 if it is not all there, and -1 if it is none. */
-static ssize_t read_proxy_header(const unsigned char *head, size_t size, union address *peer)
+static ssize_t read_proxy_header(const unsigned char *head, size_t size, union address *peer, bool *local)
 {
     static const char signature[] = "\r\n\r\n\0\r\nQUIT\n";
     enum { SIGNATURE = sizeof signature - 1, HEAD = SIGNATURE + 4, LOCAL = 0x20, PROXY = 0x21, TCP4 = 0x11, TCP6 = 0x21 };
@@ -1003,23 +1004,27 @@ static ssize_t read_proxy_header(const unsigned char *head, size_t size, union a
         address_set(peer, body, 16, (unsigned)body[32] << 8 | body[33]);
     else if (head[SIGNATURE] != LOCAL)
         return -1;
+    *local = head[SIGNATURE] == LOCAL;
     address_unmap(peer);
     return HEAD + (ssize_t)length;
 }
 
-/* Consumes what a proxy says before its client may speak. */
+/* Consumes what a proxy says before its client may speak.  A proxy that speaks for
+ * itself is greeted, and sends no mail, unless it may relay. */
 static size_t take_proxy_header(struct session *s, const char *bytes, size_t size)
 {
     union address peer = s->peer;
     char text[ADDRESS_TEXT], refusal[REFUSAL_SIZE];
-    ssize_t n = read_proxy_header((const unsigned char *)bytes, size, &peer);
+    bool local = false;
+    ssize_t n = read_proxy_header((const unsigned char *)bytes, size, &peer, &local);
 
     if (n < 0) {
         logmsg("%s:%u closed: a proxy has to begin with a TCP header of PROXY protocol version 2",
             address_text(&s->peer, text), address_port(&s->peer));
         s->phase = GONE;
     } else if (n > 0) {
-        begin(s, &peer, may_enter(&peer, refusal), refusal);
+        s->check = local && !in_networks(&peer, &settings.allowed);
+        begin(s, &peer, s->check || may_enter(&peer, refusal), refusal);
     }
     return n < 0 ? size : (size_t)n;
 }
@@ -1148,6 +1153,10 @@ static void do_mail(struct session *s, const char *argument)
     const char *rest = NULL, *fault = BAD_MAIL;
     bool eight_bit;
 
+    if (s->check) {
+        reply(s, "550 5.7.1 Error: this is a proxy's own connection, which may not relay (smtp -a)");
+        return;
+    }
     if (strncasecmp(argument, "FROM:", 5) == 0)
         rest = strncmp(argument + 5, "<>", 2) == 0 ? argument + 7 : take_path(argument + 5, mailbox);
     if (rest != NULL)

@@ -83,9 +83,11 @@ def test_nobody_is_greeted_before_it_is_known_who_it_is(behind):
 
 @pytest.mark.parametrize("family", [0x11, 0x00])
 def test_a_proxy_that_looks_whether_the_relay_lives(behind, family):
+    """It is on loopback here, so it may relay, too; test_running.py has one that may not."""
     client = behind(header("192.0.3.1", command=LOCAL, family=family))
     assert client.reply().startswith(GREETING)
     assert client.say("HELO me.com") == f"250 {client.local_port} OK"
+    assert client.say("MAIL FROM:<a@example.org>") == "250 2.1.0 Ok"
 
 
 NO_HEADERS = {

@@ -27,6 +27,7 @@ import pytest
 from crash import message_id, was_hit
 from lab import BINARY, HOSTNAME, ROOT, Client, run, wait_for
 from test_access import CLONE_NEWNET
+from test_proxy import LOCAL, header
 from programs import program
 
 RUNNING = ROOT / "docs" / "running"
@@ -415,7 +416,7 @@ def haproxy(start, tmp_path):
 
 
 def test_haproxy_says_who_the_client_is(relays, haproxy):
-    made, near = relays("-a", PROXY, "-a", CLIENT)
+    made, near = relays("-a", CLIENT)
     haproxy()
     wait_for(lambda: haproxy.checks() == ["L4OK"] * 3, what="HAProxy finding its relays well")
     assert [len(relay.log) for relay in made] == [1, 1, 1]      # its checks leave no trace
@@ -430,10 +431,41 @@ def test_haproxy_says_who_the_client_is(relays, haproxy):
     wait_for(lambda: any(relay.logged(rf"^{STRANGER}:\d+ refused: 554 ") for relay in made), what="the refusal in a log")
 
 
-def test_haproxy_needs_an_a_for_its_checks(relays, haproxy):
-    made, _ = relays("-a", CLIENT)
-    haproxy()
-    made[0].wait_for_log(rf"^{PROXY}:\d+ refused: 554 ")
+@pytest.fixture
+def proxied(network, relay):
+    """proxied(bytes): a client of a relay whose proxy is PROXY, from there."""
+    server = relay("-X", PROXY, "-a", CLIENT, addresses=RELAYS[:1])
+
+    def connect(data):
+        client = server.client(greeting=False, source=PROXY)
+        client.send(data)
+        return client
+    connect.server = server
+    return connect
+
+
+def test_a_proxy_without_an_a_may_look_and_not_relay(proxied):
+    """It is greeted, and leaves no line in the log; whatever it would send is refused."""
+    for last in "QUIT", "HELO me.com", None:
+        client = proxied(header(CLIENT, command=LOCAL))
+        assert client.reply().startswith("220 ")
+        assert last is None or client.say(last)[0] == "2"
+        client.close()
+    assert proxied(header(CLIENT)).reply().startswith("220 ")      # which has been served behind them
+    assert len(proxied.server.log) == 1
+    client = proxied(header(CLIENT, command=LOCAL))
+    assert client.reply().startswith("220 ")
+    for command, code in [("EHLO me.com", "250-"), ("MAIL FROM:<a@example.org>", "550 5.7.1 "),
+                          ("RCPT TO:<b@example.net>", "503 "), ("DATA", "503 "), ("RSET", "250 "),
+                          ("MAIL FROM:<> SIZE=1", "550 5.7.1 "), ("RCPT TO:<Postmaster>", "503 ")]:
+        assert client.say(command).startswith(code)
+    assert proxied.server.tmp() == proxied.server.queue() == []
+
+
+def test_a_proxy_that_connects_for_itself_as_a_client_is_a_client(proxied):
+    client = proxied(header(PROXY))
+    assert client.reply().startswith(f"554 5.7.1 {PROXY} may not relay here")
+    assert client.eof()
 
 
 class Sender:
@@ -471,7 +503,7 @@ def test_one_of_three_relays_killed_under_load(relays, haproxy):
     """Clients notice no more than that they have to say it again.  Nothing that was acknowledged is
     lost.  What arrives twice was hit between an exchanger's 250 and its record, or its client heard
     no answer and gave it to another relay."""
-    made, near = relays("-a", PROXY, "-a", CLIENT)
+    made, near = relays("-a", CLIENT)
     haproxy()
     sender, total = Sender(), 150
     threads = [threading.Thread(target=send_all, args=(sender, range(i, total, 4))) for i in range(4)]
