@@ -279,7 +279,7 @@ def image(tmp_path_factory):
         shutil.copy(path, source)
     shutil.copytree(ROOT / "docs", source / "docs")
     text = (RUNNING / "Containerfile").read_text()
-    make = re.search(r"^#   (make clean && make .*)$", text, re.MULTILINE)[1]
+    make = re.search(r"^#   (make clean && make (?:.*\\\n)*.*)$", text, re.MULTILINE)[1].replace("\n#", "\n")
     subprocess.run(make, shell=True, cwd=source, check=True, stdout=subprocess.DEVNULL)
     said = defaultdict(list)
     for line in re.findall("^[A-Z].*$", text, re.MULTILINE):
