@@ -71,6 +71,12 @@ bench: smtp
 demo: smtp
 	python3 tests/demo.py
 
+# With every compiler, C library, make and machine that can be had here: docs/portability.md.
+PORTABILITY =
+
+portability:
+	python3 tests/portability.py $(PORTABILITY)
+
 # The real thing, for mail from this machine to the world, without root.
 run: smtp
 	@echo 'In another terminal: telnet localhost 2525'

@@ -31,7 +31,8 @@ from typing import NamedTuple, Optional
 ROOT = Path(__file__).resolve().parent.parent
 BINARY = Path(os.environ.get("SMTP", ROOT / "smtp")).resolve()
 HOSTNAME = "relay.example.org"      # what every Relay calls itself
-WATCHED = "SANITIZED" in os.environ or BINARY.name == "valgrind"    # its memory is then its watcher's, too
+EMULATED = "EMULATED" in os.environ     # it is another machine's, and runs in an emulator
+WATCHED = EMULATED or "SANITIZED" in os.environ or BINARY.name == "valgrind"    # its memory is then its watcher's, too
 
 
 def wait_for(condition, timeout=20, what="what was waited for"):
