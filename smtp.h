@@ -16,6 +16,7 @@
 #define _XOPEN_SOURCE 700       /* POSIX.1-2008 with its XSI part, to which SIGXFSZ belongs */
 #define _FILE_OFFSET_BITS 64    /* where it matters: files over 2 GiB ... */
 #define _TIME_BITS 64           /* ... and dates after 2038 on 32 bits */
+#define _ATFILE_SOURCE 1        /* illumos shows utimensat() and futimens() only so */
 
 #include <sys/types.h>
 #include <sys/select.h>
