@@ -51,6 +51,7 @@ class LookUp:
     """A run of the resolver, which asks for all types at once."""
 
     def __init__(self, resolver, name, server):
+        self.begun = time.monotonic()
         self._process = subprocess.Popen([resolver, name, server], stdin=subprocess.DEVNULL,
                                          stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
@@ -947,6 +948,11 @@ class Silences:
         times = self.asked[f"{name}.example.net", type]
         return [later - sooner for sooner, later in zip(times, times[1:])]
 
+    def ages(self, name, type):
+        """How long after its start it asked again.  On a busy machine a query comes late, and the
+        gap behind it is short; but none comes too soon."""
+        return [at - self.look_ups[name].begun for at in self.asked[f"{name}.example.net", type][1:]]
+
     def stop(self):
         self._over.set()
         for look_up in self.look_ups.values():
@@ -963,8 +969,8 @@ def silences(resolver):
 
 def test_lost_packet_is_sent_again(silences):
     assert silences.result("once", "A") == FOUND
-    gap, = silences.gaps("once", "A")
-    assert 1.9 < gap
+    age, = silences.ages("once", "A")
+    assert 2 <= age
 
 
 def test_every_try_is_a_new_one(silences):
@@ -989,8 +995,10 @@ def test_answers_are_not_lost_while_another_is_fetched_over_tcp(silences):
 @pytest.mark.parametrize("type", ["MX", "A", "AAAA"])
 def test_waits_double_and_end(silences, type):
     assert silences.result("silent", type) == SILENT
+    second, third = silences.ages("silent", type)
+    assert 2 <= second and 2 + 4 <= third
     first, second = silences.gaps("silent", type)
-    assert 1.9 < first and 1.5 * first < second < 3 * first
+    assert 1.5 * first < second < 3 * first
 
 
 def test_a_flood_of_forgeries_gains_no_time(silences):
