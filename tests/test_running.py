@@ -167,6 +167,45 @@ def test_rc_script_and_logger(syslog, spool, dns, tmp_path):
             os.kill(server, signal.SIGKILL)
 
 
+# What rc.subr(8) says of the variables: flags of rc.conf.local go before those of the script; the
+# output goes to logger, of the facility and level that daemon_logger names; rc_bg puts the daemon into
+# the background, and is NO unless the script says otherwise behind rc.subr.
+OPENBSD_RC_SUBR = """
+daemon_flags=${smtp_flags:-$daemon_flags}
+rc_bg=NO
+rc_cmd() {
+    set -- $daemon $daemon_flags
+    if [ "$rc_bg" = YES ]; then
+        { "$@" & echo $! >server.pid; wait; } 2>&1 | logger -p "$daemon_logger" -t smtp &
+    fi
+}
+"""
+
+
+def test_openbsd_rc_script(syslog, spool, dns, tmp_path):
+    """With as much of rc.subr as its start needs, and the real logger."""
+    logger = tmp_path / "logger"
+    logger.write_text(f'#!/bin/sh\nexec {program("logger")} --socket {syslog.getsockname()} "$@"\n')
+    logger.chmod(0o700)
+    (tmp_path / "rc.subr").write_text(OPENBSD_RC_SUBR)
+    script = replaced((RUNNING / "smtp.openbsd").read_text(), ("/etc/rc.d/rc.subr", tmp_path / "rc.subr"),
+                      (INSTALLED, BINARY))
+    subprocess.run(["sh", "-c", script, "smtp", "start"], check=True, stdout=subprocess.DEVNULL, cwd=tmp_path,
+                   env={**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}",
+                        "smtp_flags": f"-p 0 -q {spool} -h {HOSTNAME} -n {dns.address} 127.0.0.1"})
+    said = syslog.recv(4096).decode()
+    server = int((tmp_path / "server.pid").read_text())
+    try:
+        assert re.fullmatch(r"<22>.* smtp(\[\d+\])?: listening on 127\.0\.0\.1:\d+", said)  # mail.info: RFC 5424 6.2.1
+        with Client(listening_port(said)) as client:
+            os.kill(server, signal.SIGTERM)
+            assert client.reply().startswith("421 ")
+        wait_for(lambda: not exists(server), what="its end")
+    finally:
+        if exists(server):
+            os.kill(server, signal.SIGKILL)
+
+
 # ---- systemd ------------------------------------------------------------------------------------
 
 
