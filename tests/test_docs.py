@@ -3,6 +3,7 @@ import re
 
 import pytest
 
+import portability
 from lab import ROOT, run
 
 DOCS = sorted(ROOT.glob("docs/*.md")) + [ROOT / "README.md"]
@@ -34,3 +35,14 @@ def test_every_option_is_explained_everywhere():
     readme = re.findall(r"^\| `-(\w)[ `]", (ROOT / "README.md").read_text(), re.MULTILINE)
     manual = re.findall(r"^\.It Fl (\w)", (ROOT / "docs" / "smtp.8").read_text(), re.MULTILINE)
     assert sorted(readme) == sorted(manual) == OPTIONS
+
+
+def test_the_matrix_is_that_of_make_portability():
+    """Every cell has its row, in order, and none failed."""
+    text = portability.PAGE.read_text().partition(portability.BEGIN)[2].partition(portability.END)[0]
+    rows = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| ")][1:]
+    assert [row[0].partition(" (")[0] for row in rows] == [cell.name for cell in portability.CELLS]
+    for name, compiler, *figures in rows:
+        if not compiler.startswith(("not to be had", "cannot carry it")):
+            octets, warnings, passed, failed = (int(figure.replace(",", "")) for figure in figures[:4])
+            assert octets > 0 and warnings == failed == 0 and passed > 500, name
