@@ -2012,6 +2012,7 @@ static void try_party(struct message *m, const struct party *p, off_t number, pi
         logmsg("%s outcomes cannot be recorded (%s)", m->id, strerror(errno));
     text = outcome_lines(m, FAILED, &size);
     draft_add(failures, text, size);
+    free(text);
     _exit(reached ? FORWARD_DONE : FORWARD_UNREACHABLE);
 }
 
