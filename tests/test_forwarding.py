@@ -404,6 +404,19 @@ def test_all_recipients_are_refused_and_data_is_on_its_way(world, data, end):
     assert connection.chunks[2:] == [end_line.encode() + b"\r\n" for end_line in end[1:]]
 
 
+@hostile
+def test_yes_after_no(world):
+    """Who refuses MAIL and says 354 all the same is told nothing more: it may take what comes
+    for a message of whoever it thinks of."""
+    world.exchanger.set(replies={"MAIL": "550 5.1.0 no", "RCPT": "550 5.1.1 no", "DATA": "354 go ahead"})
+    send(world.relay, "b@example.net")
+    found = outcome(world.relay, "b@example.net")
+    assert (found.status, found.words) == ("failed", "550 5.1.0 no")
+    connection, = world.exchanger.connections
+    wait_for(lambda: connection.closed)
+    assert connection.commands[-1] == "DATA" and not world.exchanger.messages
+
+
 def test_all_recipients_are_refused_in_lockstep(world):
     world.exchanger.set(extensions=(), replies={"RCPT": "550 5.1.1 nobody"})
     send(world.relay, "b@example.net")
@@ -929,6 +942,17 @@ def test_smarthost(dns, exchangers, relay, form, port):
     assert message.recipients == [f"<{to}>" for to in recipients]
     assert {query.name for query in dns.queries} == ({mx.name} if "name" in form else set())
     assert not [query for query in dns.queries if query.type == "MX"] and not other.connections
+
+
+@pytest.mark.parametrize("zone", [lambda dns: None, lambda dns: dns.rcode("mx.example.net", 0),
+                                  lambda dns: dns.a("mx.example.net", "0.0.0.0")], ids=["no name", "no address", "nobody's"])
+def test_smarthost_without_an_address(dns, relay, zone):
+    """A mistake of the operator, who can mend it: nobody's mail comes back for it."""
+    zone(dns)
+    server = relay("-s", "mx.example.net")
+    send(server, "b@example.net")
+    found = outcome(server, "b@example.net")
+    assert (found.status, found.words) == ("later", "4.4.4 the smarthost mx.example.net has no usable address")
 
 
 @pytest.mark.parametrize("form", ["[::1]:{port}", "[::1]", "::1"])
