@@ -568,11 +568,20 @@ int main(int argc, char **argv)
 """
 
 
-def test_no_process_is_given_the_numbers_of_another(dns, tmp_path):
-    """What a parent has in store its children do not use, all the same ones."""
+@pytest.mark.parametrize("urandom", [True, False], ids=["/dev/urandom", "no /dev/urandom"])
+def test_no_process_is_given_the_numbers_of_another(dns, tmp_path, urandom):
+    """What a parent has in store its children do not use, all the same ones.  Nor do they where
+    there is no device for it, as in an empty chroot."""
     source = tmp_path / "fork.c"
     source.write_text(ASK_AND_FORK)
-    subprocess.run([build(tmp_path / "fork", "-I", ROOT, source, ROOT / "dns.c"), dns.address], check=True, timeout=60)
+    program = [build(tmp_path / "fork", "-I", ROOT, source, ROOT / "dns.c"), dns.address]
+    if not urandom:
+        without = ["strace", "-f", "-o", tmp_path / "trace", "-P", "/dev/urandom", "-e", "inject=/^open:error=ENOENT"]
+        if not shutil.which("strace") or subprocess.run([*without, "true"]).returncode != 0:
+            pytest.skip("strace is not installed, or may not trace")
+        program = without + program
+    subprocess.run(program, check=True, timeout=60, env={**os.environ, "ASAN_OPTIONS": "detect_leaks=0"})
+    assert urandom or "(INJECTED)" in (tmp_path / "trace").read_text()
     expect_unpredictable(wait_for(lambda: len(dns.queries) >= 401 and dns.queries[1:401], timeout=60))
 
 
