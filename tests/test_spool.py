@@ -522,6 +522,44 @@ def test_foreign_things_are_left_alone(world, tmp_path):
     assert outside.read_bytes() == whole
 
 
+NO_ENVELOPE = {
+    "no greeting": (b"HELO me.com\r\n", b""), "no sender": (b"MAIL FROM", b"MAIL TO"),
+    "a sender without end": (b"MAIL FROM:<>", b"MAIL FROM:<a@example.org"),
+    "a sender too long": (b"MAIL FROM:<", b"MAIL FROM:<a@" + b"x." * 130 + b"x"),
+    "nobody": (b"RCPT TO:<b@example.net>\r\n", b""), "a recipient without end": (b"<b@example.net>", b"<b@example.net"),
+    "a recipient without domain": (b"<b@example.net>", b"<b>"),
+    "a recipient too long": (b"<b@", b"<b@" + b"x." * 130), "no DATA": (b"\r\nDATA\r\n", b"\r\nBDAT\r\n")}
+
+
+@pytest.mark.parametrize("case", NO_ENVELOPE)
+def test_what_this_server_does_not_write_is_no_message(world, case):
+    """Whoever put it there: it is sent to nobody, and neither changed nor removed."""
+    path = queued(world)
+    before, after = NO_ENVELOPE[case]
+    assert before in path.read_bytes()
+    text = path.read_bytes().replace(before, after, 1)
+    path.write_bytes(text)
+    os.utime(path, LONG_AGO)
+    tried = len(world.exchanger.connections)
+    world.relay.start()
+    world.relay.wait_for_log(rf"^queue/{path.name} is no whole message: left alone$")
+    assert path.read_bytes() == text and len(world.exchanger.connections) == tried
+
+
+@pytest.mark.parametrize("line", ["sent <b@example.net> - 250 x", "2026-01-01 sent <b@example.net> - 250 x",
+                                  "2026-01-01T00:00:00Z sent b@example.net - 250 x",
+                                  "2026-01-01T00:00:00Z sent <b@example.net - 250 x",
+                                  "2026-01-01T00:00:00Z sent <c@example.net> - 250 x",
+                                  "2026-01-01T00:00:00Z done <b@example.net> - 250 x"])
+def test_an_outcome_that_is_none_settles_nothing(world, line):
+    path = queued(world)
+    path.write_bytes(path.read_bytes() + line.encode() + b"\r\n")
+    os.utime(path, LONG_AGO)
+    world.exchanger.set(replies={})
+    world.relay.start()
+    assert world.exchanger.wait_for_messages(1)[0].recipients == ["<b@example.net>"]
+
+
 WHOLE = "2026-11-23T11:08:19Z sent <b@example.net> mx1.example.net[192.0.2.1] 250 2.0.0 Ok"
 
 
