@@ -53,6 +53,7 @@ enum {
     IDLES = 12,             /* times -t that a client has to complete a transaction */
     SIGNAL_WAIT = 20,       /* ms that a signal may wait while clients keep us busy */
     LINGER = 2000,          /* ms for a client to take its last reply */
+    STORING_AT_ONCE = 16,   /* messages; more would wait for the same disk, each in a process */
     WORKER_WAIT = 250,      /* ms that a worker waits for another message */
     WORKERS = 32,           /* how many may wait, or forward and then wait, at most */
     REST = 1000,            /* ms without accepting when something has run out */
@@ -174,7 +175,7 @@ struct transaction {
 
 struct session {
     int fd;                 /* the client */
-    int channel;            /* in STORING: the worker's, from which the reply comes; not the session's to close */
+    int channel;            /* in STORING: the worker's, from which the reply comes, and not ours to close; or -1 */
     enum phase phase;
     unsigned port;          /* the client's */
     bool spoken;            /* its first line has come */
@@ -194,6 +195,7 @@ struct session {
 
 static struct session *sessions[FD_SETSIZE];
 static size_t session_count, session_limit;
+static size_t unassigned;   /* sessions in STORING whose message no worker has yet */
 static bool divided;        /* this process only serves the sessions it was born with */
 
 static void close_fd(int *fd)
@@ -1412,23 +1414,56 @@ static void inspect(struct transaction *tx, const char *text, const struct line 
     tx->in_line = line->used == 0;
 }
 
-/* The final dot: a child takes the message over. */
-static void end_message(struct session *s)
+/* Gives a whole message to a worker. */
+static void hand_over(struct session *s)
 {
     struct transaction *tx = s->tx;
     bool forward_now = slots_left(true) > 0 && lane_free(tx->lane);
 
-    keep(tx, ".\r\n", 3);
-    if (tx->refusal == NULL) {
-        s->channel = employ(forward_now ? STORE_AND_FORWARD : STORE, tx->draft.id, tx->lane, false);
-        if (s->channel >= 0) {
-            draft_forget(&tx->draft);
-            s->phase = STORING;
-            return;
+    unassigned--;
+    s->channel = employ(forward_now ? STORE_AND_FORWARD : STORE, tx->draft.id, tx->lane, false);
+    if (s->channel >= 0) {
+        draft_forget(&tx->draft);
+    } else {
+        reply(s, "%s", draft_refusal(EAGAIN));
+        reset(s);
+    }
+}
+
+/* Hands over what is whole, as far as not too many are being stored already: all
+ * clients have their turn. */
+static void store_messages(void)
+{
+    static size_t turn;
+    size_t storing = 0;
+
+    for (size_t i = 0; i < child_count; i++)
+        storing += children[i].storing;
+    for (size_t i = 0; i < session_count && unassigned > 0 && storing < STORING_AT_ONCE; i++) {
+        struct session *s = sessions[turn++ % session_count];
+
+        if (s->phase == STORING && s->channel < 0) {
+            hand_over(s);
+            storing += s->phase == STORING;
         }
     }
-    reply(s, "%s", tx->refusal != NULL ? tx->refusal : draft_refusal(EAGAIN));
-    reset(s);
+}
+
+/* The final dot: a worker takes the message over, at once as a rule. */
+static void end_message(struct session *s)
+{
+    struct transaction *tx = s->tx;
+
+    keep(tx, ".\r\n", 3);
+    if (tx->refusal != NULL) {
+        reply(s, "%s", tx->refusal);
+        reset(s);
+        return;
+    }
+    s->phase = STORING;
+    s->channel = -1;
+    unassigned++;
+    store_messages();
 }
 
 /* Consumes what can be consumed of the message.  The draft keeps it as it has
@@ -1790,6 +1825,7 @@ static void divide(void)
             add_guest(&g);
         }
         forget_sessions();
+        unassigned = 0;
     } else if (pid == 0) {
         divided = true;
         forget_server();
@@ -1942,6 +1978,7 @@ static void reap(void)
     end_overdue();
     if (got_term)
         stop();
+    store_messages();
     reap_sessions();
     if (session_count == 0 && (divided || (got_term && find_child(SERVES) < 0 && find_child(STORES) < 0)))
         _exit(0);

@@ -1,5 +1,6 @@
 """The children that store and forward: one message at a time, and perhaps several after another."""
 import os
+import re
 import signal
 import threading
 from pathlib import Path
@@ -170,3 +171,20 @@ def test_a_connection_serves_one_domain(world, narrow):
     for connection in drained(world, narrow, letters, [0]):
         paths = {command.rpartition("@")[2] for command in connection.commands if command.startswith("RCPT")}
         assert len(paths) <= 1
+
+
+def test_many_final_dots_at_once(world, server, strace):
+    """They are stored some at a time, each by a worker, and each client hears of his own."""
+    most, clients = 0, [server.client() for _ in range(60)]
+    with strace(server.pid, "trace=fsync", "inject=fsync:delay_enter=300000"):
+        for number, client in enumerate(clients):
+            client.say("HELO me.com")
+            client.send(f"MAIL FROM:<>\r\nRCPT TO:<b{number}@example.net>\r\nDATA\r\n{number}\r\n.\r\nQUIT\r\n".encode())
+        while len(world.exchanger.messages) < len(clients):
+            most = max(most, len(workers(server)))
+    assert 16 <= most <= 40
+    for number, client in enumerate(clients):
+        replies = [client.reply() for _ in range(5)]
+        assert replies[3].startswith(QUEUED) and replies[4] == "221 2.0.0 OK", replies
+        taken = server.logged(re.escape(replies[3].removeprefix(QUEUED)) + f" to=<b{number}@example.net> .*status=sent")
+        assert len(taken) == 1
