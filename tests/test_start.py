@@ -205,10 +205,12 @@ def test_without_v_the_dialogue_is_not_logged(world):
 
 def test_r_is_the_time_to_the_next_try(world, relay, tmp_path):
     world.exchanger.set(replies={"RCPT": ["451 4.7.1 later"]})
-    relay("-r", 1, mx_port=world.exchanger.port, spool=tmp_path / "other").send("b@example.net")
+    server = relay("-r", 1, mx_port=world.exchanger.port, spool=tmp_path / "other")
+    begun = time.monotonic()
+    server.send("b@example.net")
     world.exchanger.wait_for_messages(1)
     first, second = world.exchanger.connections
-    assert 0.9 < second.opened - first.opened
+    assert 0.9 < second.opened - begun      # not since the first, which a busy machine sees late
 
 
 def test_e_is_when_it_gives_up(world, relay, tmp_path):
@@ -234,7 +236,7 @@ def test_w_is_the_longest_wait(dns, exchangers, relay):
 def test_a_taken_port(relay, tmp_path):
     port = relay().port
     line = refusal(1, "-p", port, "-q", tmp_path / "other", "-h", HOSTNAME, "127.0.0.1")
-    assert f"127.0.0.1 port {port}" in line and os.strerror(errno.EADDRINUSE) in line
+    assert f"127.0.0.1 port {port}" in line and re.search("Address (already )?in use", line)    # glibc's words, or musl's
     assert not (tmp_path / "other").exists()
 
 
