@@ -3,6 +3,7 @@ offer, without a warning, and runs tests against each.
 
     make portability                            all of it: installs what is missing, as root with apt-get
     make portability PORTABILITY='--only s390x --only tcc'
+    make portability PORTABILITY=--quick        the few tests in every cell
     make portability PORTABILITY=--write        and puts the table into docs/portability.md
 
 What runs on another machine's instructions runs under qemu-user.  Ends with 1 where anything failed, or nothing ran.
@@ -276,6 +277,7 @@ def report(rows):
 def main():
     parser = argparse.ArgumentParser(description="Builds and tests the program in every way there is here.")
     parser.add_argument("--only", action="append", metavar="CELL", help="this cell, or all that begin so; may be repeated")
+    parser.add_argument("--quick", action="store_true", help="the few tests in every cell")
     parser.add_argument("--list", action="store_true", help="print the names of the cells, and exit")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="how many cells at once (one for each processor)")
     parser.add_argument("--no-install", action="store_true", help="take what is there")
@@ -285,6 +287,8 @@ def main():
     if options.list:
         print("\n".join(cell.name for cell in cells))
         return 0
+    if options.quick:
+        cells = [cell._replace(tests=FEW) for cell in cells]
     if not options.no_install:
         subprocess.run(["sh", ROOT / "tests/install", *PACKAGES], check=True)
     with tempfile.TemporaryDirectory(prefix="portability-") as work, ThreadPoolExecutor(options.jobs) as pool:
