@@ -108,6 +108,15 @@ class Row(NamedTuple):
     seconds: float = 0
 
 
+def install():
+    """What is missing; what -m32 links has the compiler's number in its name."""
+    script = ROOT / "tests" / "install"
+    subprocess.run(["sh", script, *PACKAGES], check=True)
+    if shutil.which("gcc"):
+        major = subprocess.run(["gcc", "-dumpversion"], stdout=subprocess.PIPE, text=True, check=True).stdout.partition(".")[0]
+        subprocess.run(["sh", script, f"lib32gcc-{major.strip()}-dev"], check=True)
+
+
 # ---- Building ---------------------------------------------------------------------------------
 
 
@@ -123,8 +132,9 @@ def version(compiler):
 
 def library_version(cell):
     """What the C library calls itself, where it has a name of its own here."""
-    if "musl-gcc" in cell.compiler:
-        said = subprocess.run(["/lib/ld-musl-x86_64.so.1"], stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    loader = next(Path("/lib").glob("ld-musl-*.so.1"), None)
+    if "musl-gcc" in cell.compiler and loader:
+        said = subprocess.run([loader], stdin=subprocess.DEVNULL, capture_output=True, text=True)
         return " (musl " + re.search(r"Version (\S+)", said.stderr)[1] + ")"
     return f" ({cell.emulator[0]} {version(cell.emulator[0])})" if cell.emulator else ""
 
@@ -290,7 +300,7 @@ def main():
     if options.quick:
         cells = [cell._replace(tests=FEW) for cell in cells]
     if not options.no_install:
-        subprocess.run(["sh", ROOT / "tests/install", *PACKAGES], check=True)
+        install()
     with tempfile.TemporaryDirectory(prefix="portability-") as work, ThreadPoolExecutor(options.jobs) as pool:
         os.chmod(work, 0o755)           # the tests run the program as somebody else
 
