@@ -90,8 +90,8 @@ CELLS = [
     cross("riscv64", "riscv64-linux-gnu", "qemu-riscv64"),
 ]
 
-ABOUT = {"gcc -m32": "32 bits", "clang -m32": "32 bits", "s390x": "64 bits, big-endian", "powerpc": "32 bits, big-endian",
-         "armhf": "32 bits", "aarch64": "64 bits", "riscv64": "64 bits"}
+ABOUT = {"gcc -m32": "32 bits", "clang -m32": "32 bits", "s390x": "64 bits, big-endian",
+         "powerpc": "32 bits, big-endian", "armhf": "32 bits", "aarch64": "64 bits", "riscv64": "64 bits"}
 
 
 class Row(NamedTuple):
@@ -113,8 +113,8 @@ def install():
     script = ROOT / "tests" / "install"
     subprocess.run(["sh", script, *PACKAGES], check=True)
     if shutil.which("gcc"):
-        major = subprocess.run(["gcc", "-dumpversion"], stdout=subprocess.PIPE, text=True, check=True).stdout.partition(".")[0]
-        subprocess.run(["sh", script, f"lib32gcc-{major.strip()}-dev"], check=True)
+        said = subprocess.run(["gcc", "-dumpversion"], stdout=subprocess.PIPE, text=True, check=True).stdout
+        subprocess.run(["sh", script, f"lib32gcc-{said.strip().partition('.')[0]}-dev"], check=True)
 
 
 # ---- Building ---------------------------------------------------------------------------------
@@ -163,9 +163,10 @@ before= program=
     return script
 
 
-def compile_program(command, **options):
-    built = subprocess.run(list(map(str, command)), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-                           stderr=subprocess.STDOUT, text=True, **options)
+def compile_program(command, text="", **options):
+    """Its status, and what was said; `text` is what it reads where it reads "-"."""
+    built = subprocess.run(list(map(str, command)), input=text, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                           text=True, errors="replace", **options)
     return built.returncode, built.stdout.strip()
 
 
@@ -207,8 +208,9 @@ def test(cell, place):
     files = [f"tests/test_{name}.py" for name in cell.tests]
     with log.open("w") as output:
         try:
-            subprocess.run(["sh", "tests/run", "-q", "--tb=short", "-p", "no:cacheprovider", f"--junitxml={report}", *files],
-                           cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=output, timeout=TIMEOUT)
+            subprocess.run(["sh", "tests/run", "-q", "--tb=short", "-p", "no:cacheprovider", f"--junitxml={report}",
+                            *files], cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=output,
+                           timeout=TIMEOUT)
         except subprocess.TimeoutExpired:
             return 0, 1, (), f"not done after {TIMEOUT} seconds"
     words = log.read_text()
@@ -226,9 +228,10 @@ def absent(cell):
     for program in (cell.compiler[0], cell.make, *cell.emulator[:1]):
         if program and not shutil.which(program):
             return f"no {program}"
-    if any(word == "-m32" for word in cell.compiler) and \
-            compile_program([*cell.compiler, "-x", "c", "-o", "/dev/null", "-"], input="int main(void) { return 0; }")[0]:
-        return "no library for 32 bits"
+    if "-m32" in cell.compiler:
+        program = "int main(void) { return 0; }\n"
+        if compile_program([*cell.compiler, "-x", "c", "-o", "/dev/null", "-"], program)[0] != 0:
+            return "no library for 32 bits"
     return ""
 
 
@@ -245,7 +248,8 @@ def run(cell, work):
         return row._replace(fault=fault, seconds=time.monotonic() - begun)
     size = program_size(cell, place)
     passed, failed, skips, words = test(cell, place)
-    return row._replace(size=size, passed=passed, failed=failed, skips=skips, fault=words, seconds=time.monotonic() - begun)
+    return row._replace(size=size, passed=passed, failed=failed, skips=skips, fault=words,
+                        seconds=time.monotonic() - begun)
 
 
 # ---- Telling ----------------------------------------------------------------------------------
@@ -286,10 +290,12 @@ def report(rows):
 
 def main():
     parser = argparse.ArgumentParser(description="Builds and tests the program in every way there is here.")
-    parser.add_argument("--only", action="append", metavar="CELL", help="this cell, or all that begin so; may be repeated")
+    parser.add_argument("--only", action="append", metavar="CELL",
+                        help="this cell, or all that begin so; may be repeated")
     parser.add_argument("--quick", action="store_true", help="the few tests in every cell")
     parser.add_argument("--list", action="store_true", help="print the names of the cells, and exit")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="how many cells at once (one for each processor)")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(),
+                        help="how many cells at once (one for each processor)")
     parser.add_argument("--no-install", action="store_true", help="take what is there")
     parser.add_argument("--write", action="store_true", help=f"renew the table of {PAGE.relative_to(ROOT)}")
     options = parser.parse_args()
