@@ -299,6 +299,8 @@ def main():
     parser.add_argument("--no-install", action="store_true", help="take what is there")
     parser.add_argument("--write", action="store_true", help=f"renew the table of {PAGE.relative_to(ROOT)}")
     options = parser.parse_args()
+    if options.write and options.only:
+        parser.error("--write is for all cells")
     cells = [cell for cell in CELLS if not options.only or cell.name.startswith(tuple(options.only))]
     if options.list:
         print("\n".join(cell.name for cell in cells))
