@@ -1521,7 +1521,7 @@ static void spend(struct exchange *x)
 static void start_connecting(struct exchange *x)
 {
     x->connected = x->greeted = 0;
-    x->ready = false;
+    x->ready = x->refused = false;
     x->messages = 0;
     x->size = x->lines = 0;
     x->closing = false;
@@ -1680,6 +1680,14 @@ static bool any_pending(struct recipient **to, size_t count)
     return false;
 }
 
+static bool any_accepted(struct recipient **to, size_t count)
+{
+    for (size_t i = 0; i < count; i++)
+        if (to[i]->accepted)
+            return true;
+    return false;
+}
+
 /* As many transactions as the recipients need.  False: the connection is of no
  * more use. */
 static bool transact_all(struct exchange *x, struct message *m, struct recipient **to, size_t count)
@@ -1738,11 +1746,12 @@ static struct route *take_kept(const char *domain, const char *id)
 }
 
 /* The whole dialogue with an exchanger that has greeted us.  It is left open where
- * more messages are to come. */
+ * more messages are to come.  Who ends one that others have used, before he has taken
+ * anything, may have had enough of that one: he is asked again over another. */
 static void talk(struct exchange *x, struct message *m, struct recipient **to, size_t count)
 {
     enum outcome hello = x->ready ? SENT : say_hello(x);
-    bool alive = x->code != 0;
+    bool alive = x->code != 0, used = x->messages > 0, ended;
 
     x->ready = hello == SENT;
     if (hello != SENT)
@@ -1755,9 +1764,12 @@ static void talk(struct exchange *x, struct message *m, struct recipient **to, s
         alive = transact_all(x, m, to, count);
     if (alive && x->ready && keeping && !m->part && !any_pending(to, count) && ++x->messages < KEPT_MESSAGES)
         return;
+    ended = (!alive || x->closing) && !any_accepted(to, count);
     if (alive)
         say(x, QUIT, "QUIT\r\n");
     spend(x);
+    if (used && ended)
+        x->progress = UNTRIED;
 }
 
 /* Nobody of this preference is left.  Who has had no answer from anybody yet
@@ -1799,7 +1811,7 @@ static bool deliver(struct message *m, struct recipient **to, size_t count)
         if (x != NULL) {
             reached = true;
             talk(x, m, to, count);
-            route->open = x->progress == SPENT ? NULL : x;
+            route->open = x->fd >= 0 ? x : NULL;
             continue;
         }
         blame_last(route, preference, to, count);

@@ -188,3 +188,25 @@ def test_many_final_dots_at_once(world, server, strace):
         assert replies[3].startswith(QUEUED) and replies[4] == "221 2.0.0 OK", replies
         taken = server.logged(re.escape(replies[3].removeprefix(QUEUED)) + f" to=<b{number}@example.net> .*status=sent")
         assert len(taken) == 1
+
+
+@pytest.mark.parametrize("way", ["421", "hanging up"])
+def test_an_exchanger_that_takes_one_message_a_connection(world, narrow, way):
+    """It agrees to RSET and not to MAIL.  That says nothing of the message, which goes over a connection of its own."""
+    def once(connection):
+        if sum(command.startswith("MAIL") for command in connection.commands) < 2:
+            return None
+        second.append(connection)
+        if way == "421":
+            connection.reply("421 4.7.0 one message a connection")
+        connection.hang_up(False)
+
+    def met():
+        drained(world, narrow, [{"to": ["b@example.net"]}] * 8, later)
+        sent[0] += 8
+        return second
+
+    second, later, sent = [], [0], [0]
+    world.exchanger.set(replies={"MAIL": once})
+    wait_for(met, 60, what="a connection that is tried for a second message")
+    assert len(narrow.logged("status=later")) == sent[0], "only those that came while nobody listened"
