@@ -1728,7 +1728,8 @@ static struct route *take_kept(const char *domain, const char *id)
 {
     struct route *route = kept;
 
-    if (route == NULL || (settings.smarthost == NULL && strcasecmp(route->domain, domain) != 0)) {
+    if (route == NULL || clock_ms() > route->open->deadline
+        || (settings.smarthost == NULL && strcasecmp(route->domain, domain) != 0)) {
         drop_kept();
         return NULL;
     }
@@ -1762,8 +1763,10 @@ static void talk(struct exchange *x, struct message *m, struct recipient **to, s
         settle_all(to, count, FAILED, x->label, "5.6.3 8-bit content, and this exchanger offers no 8BITMIME");
     else
         alive = transact_all(x, m, to, count);
-    if (alive && x->ready && keeping && !m->part && !any_pending(to, count) && ++x->messages < KEPT_MESSAGES)
+    if (alive && x->ready && keeping && !m->part && !any_pending(to, count) && ++x->messages < KEPT_MESSAGES) {
+        x->deadline = clock_ms() + KEPT;
         return;
+    }
     ended = (!alive || x->closing) && !any_accepted(to, count);
     if (alive)
         say(x, QUIT, "QUIT\r\n");
@@ -2248,7 +2251,7 @@ void work(int channel, int due_fd)
     for (;;) {
         char line[16];
 
-        if (kept != NULL && !wait_ready(channel, false, clock_ms() + KEPT))
+        if (kept != NULL && !wait_ready(channel, false, kept->open->deadline))
             drop_kept();
         if (read(channel, &order, sizeof order) != (ssize_t)sizeof order)
             break;

@@ -164,6 +164,15 @@ def test_a_connection_that_does_not_last_costs_nothing(world, narrow):
     assert len(connections) == len(world.exchanger.messages) == 8
 
 
+def test_a_connection_waits_for_a_moment_only(world, narrow, strace):
+    """A message that comes later goes over another, even if its worker has had something else to do in between."""
+    with strace(narrow.pid, "trace=?alarm,?setitimer", "inject=?alarm,?setitimer:delay_enter=300000"):  # around each try
+        connections = drained(world, narrow, [{"to": ["b@example.net"]}] * 4, [0])
+    assert len(connections) == 4
+    wait_for(lambda: all(connection.closed for connection in connections), what="the end of all connections")
+    assert {connection.commands[-1] for connection in connections} == {"QUIT"}
+
+
 def test_a_connection_serves_one_domain(world, narrow):
     """Others may share its exchanger, but who says so is their name server, each time."""
     world.dns.mail("example.org", (10, world.exchanger))
