@@ -2176,14 +2176,12 @@ static int take_over(int channel, const char *id)
         d.fd = open_message("tmp", id, O_RDWR | O_APPEND);
     d.error = d.fd < 0 ? errno : 0;
     snprintf(d.id, sizeof d.id, "%s", id);
-    hold_signals(true);
     stored = store(&d);
     n = snprintf(reply, sizeof reply, stored ? "250 2.0.0 Ok: queued as %s\n" : "%s\n",
         stored ? d.id : draft_refusal(d.error));
     /* It is ours, even if the client does not hear it. */
     if (write(channel, reply, (size_t)n) < 0)
         logmsg("%s nobody waits for: %.*s", d.id, n - 1, reply);
-    hold_signals(false);
     return d.fd;
 }
 
@@ -2229,6 +2227,7 @@ static enum result carry_out(int channel, int due_fd, const struct order *order)
     int fd = order->task == FORWARD ? take_due(order->id) : take_over(channel, order->id);
     struct message m;
 
+    hold_signals(false);
     if (fd < 0)
         return FORWARD_NOT_TRIED;
     if (order->task == STORE) {
@@ -2251,6 +2250,7 @@ void work(int channel, int due_fd)
     for (;;) {
         char line[16];
 
+        hold_signals(true);     /* the order may be a client's, who waits for its reply */
         if (kept != NULL && !wait_ready(channel, false, kept->open->deadline))
             drop_kept();
         if (read(channel, &order, sizeof order) != (ssize_t)sizeof order)

@@ -83,6 +83,21 @@ def test_a_worker_that_died_while_it_waited_is_not_missed(world, server):
     assert server.queue() == server.tmp() == []
 
 
+def test_a_worker_that_is_to_end_answers_before(world, server, strace):
+    """Who stops a whole group of processes does not cut off what the server has just handed to one of them."""
+    client = server.client()
+    client.say("HELO me.com")
+    with strace(server.pid, "trace=/^open", "inject=/^open:delay_enter=1000000:when=1") as trace:
+        client.send(b"MAIL FROM:<>\r\nRCPT TO:<b@example.net>\r\nDATA\r\nSubject: x\r\n.\r\n")
+        worker, = wait_for(lambda: workers(server), what="a worker")
+        wait_for(lambda: re.search(rf"^{worker} +open", trace(), re.M), what="its look at the draft")
+        os.kill(worker, signal.SIGTERM)
+        replies = [client.reply() for _ in range(4)]
+    assert replies[-1].startswith(QUEUED), replies
+    server.wait_for_log(f"process {worker} died of signal")
+    server.hangup_until(lambda: not server.queue(), what="an empty queue")
+
+
 def test_few_are_kept_in_touch_with(world, relay, tmp_path, gate):
     """However many forward: descriptors are for clients."""
     server = relay("-j", 120, "-c", 0, mx_port=world.exchanger.port, spool=tmp_path / "other")
