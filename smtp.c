@@ -504,10 +504,11 @@ static struct child *start_worker(void)
     pid_t pid = -1;
 
     if (socketpair(AF_UNIX, SOCK_STREAM, 0, ends) != 0) {
-        logmsg("no process can be told what to do (%s)", strerror(errno));
+        logmsg("no process can be told what to do (%s): resting for a second", strerror(errno));
+        rest_until = clock_ms() + REST;
         return NULL;
     }
-    if (ends[0] < FD_SETSIZE)
+    if (ends[0] < FD_SETSIZE && ends[1] < FD_SETSIZE)       /* both sides will select() */
         pid = spawn(STORES, 0);
     if (pid == 0) {
         forget_all();

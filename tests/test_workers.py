@@ -98,6 +98,20 @@ def test_a_worker_that_is_to_end_answers_before(world, server, strace):
     server.hangup_until(lambda: not server.queue(), what="an empty queue")
 
 
+def test_a_message_that_no_worker_can_be_told_of_is_tried_soon(world, server, strace):
+    """The machine has run out of descriptors for a moment."""
+    world.exchanger.stop()
+    server.send("b@example.net", sender="")
+    server.outcomes("b@example.net")
+    wait_for(lambda: not workers(server), what="the end of the worker")
+    world.exchanger.start()
+    with strace(server.pid, "trace=socketpair", "inject=socketpair:error=ENFILE:when=1"):
+        server.hangup()
+        server.wait_for_log("^no process can be told")
+        wait_for(lambda: not server.queue(), what="an empty queue")     # the runner looks again only in a minute
+    assert len(server.logged("^no process can be told")) == 1
+
+
 def test_few_are_kept_in_touch_with(world, relay, tmp_path, gate):
     """However many forward: descriptors are for clients."""
     server = relay("-j", 120, "-c", 0, mx_port=world.exchanger.port, spool=tmp_path / "other")
