@@ -294,7 +294,8 @@ static void log_dialogue(const struct session *s, const char *who, const char *t
         logmsg("%s:%u %s: %.*s", address, s->port, who, (int)strcspn(text, "\r\n"), text);
 }
 
-/* Sends as much as the client takes now. */
+/* Sends as much as the client takes now.  Who has hung up while a message of his is
+ * being stored stays until its worker has replied: the table counts for both. */
 static void flush(struct session *s)
 {
     ssize_t n;
@@ -302,7 +303,7 @@ static void flush(struct session *s)
     if (s->out.size == 0 || s->phase == GONE)
         return;
     n = write(s->fd, s->out.bytes, s->out.size);
-    if (n < 0 && (errno == EAGAIN || errno == EINTR))
+    if (n < 0 && (errno == EAGAIN || errno == EINTR || s->phase == STORING))
         return;
     if (n < 0 || !buffer_set(&s->out, s->out.bytes + n, s->out.size - (size_t)n))
         s->phase = GONE;

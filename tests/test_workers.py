@@ -2,6 +2,8 @@
 import os
 import re
 import signal
+import socket
+import struct
 import threading
 from pathlib import Path
 
@@ -145,6 +147,21 @@ def test_a_full_table_divides_while_a_message_is_stored(world, relay, wrapped, s
     world.exchanger.wait_for_messages(22)
     server.hang_up()
     wait_for(lambda: not workers(server), what="the end of all others")
+
+
+def test_who_hangs_up_while_his_message_is_stored_has_not_gone(world, relay, wrapped, strace, tmp_path):
+    """Its worker is still a descriptor: too many such clients divide the table, as others do."""
+    server = relay(mx_port=world.exchanger.port, spool=tmp_path / "other", binary=wrapped("ulimit -n 64"))
+    with strace(server.pid, "trace=fsync,/^open", "inject=fsync:delay_enter=5000000:when=1",
+                "inject=/^open:delay_enter=20000"):         # so that it is gone before it can be answered
+        for _ in range(60):
+            client = server.client()
+            client.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))    # RST in place of FIN
+            client.send(b"HELO me.com\r\nMAIL FROM:<>\r\nRCPT TO:<b@example.net>\r\nDATA\r\nSubject: x\r\n.\r\n")
+            client.close()
+    server.wait_for_log("table full")
+    world.exchanger.wait_for_messages(60)
+    assert not server.logged("nobody waits for|accept failed|no process can be told")
 
 
 # ---- One connection for several messages ------------------------------------------------------------
