@@ -1,10 +1,10 @@
 /*
  * smtp.c - the server: takes mail from clients it trusts (RFC 5321).
  *
- * One process watches the listening sockets, all clients and the pipes of its
- * children with pselect(), and waits for nothing else.  What may take time runs
- * in a child: at the final dot of each message the server forks, and the child
- * stores and forwards it (forward.c).
+ * One process watches the listening sockets, all clients and what its children
+ * say with pselect(), and waits for nothing else.  What may take time runs in a
+ * child: at the final dot of each message one takes it over, forked for it or
+ * done with another, and stores and forwards it (forward.c).
  *
  * Handlers never close or free a session.  They set its phase; the loop reaps.
  *
