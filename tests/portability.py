@@ -223,15 +223,20 @@ def test(cell, place):
     return len(outcomes) - failed - len(skips), failed, skips, words if failed else ""
 
 
+def compile_least(cell, program):
+    """Not to /dev/null: in root's hands, a linker puts a file in its place."""
+    return compile_program([*cell.compiler, "-x", "c", "-o", program, "-"], "int main(void) { return 0; }\n")
+
+
 def absent(cell):
     """What of it is not here."""
     for program in (cell.compiler[0], cell.make, *cell.emulator[:1]):
         if program and not shutil.which(program):
             return f"no {program}"
     if "-m32" in cell.compiler:
-        program = "int main(void) { return 0; }\n"
-        if compile_program([*cell.compiler, "-x", "c", "-o", "/dev/null", "-"], program)[0] != 0:
-            return "no library for 32 bits"
+        with tempfile.TemporaryDirectory() as place:
+            if compile_least(cell, f"{place}/program")[0] != 0:
+                return "no library for 32 bits"
     return ""
 
 
@@ -240,7 +245,7 @@ def runnable(cell):
     if "-m32" in cell.compiler and shutil.which("qemu-i386"):
         with tempfile.TemporaryDirectory() as place:
             program = f"{place}/program"
-            compile_program([*cell.compiler, "-x", "c", "-o", program, "-"], "int main(void) { return 0; }\n")
+            compile_least(cell, program)
             try:
                 subprocess.run([program])
             except OSError:
