@@ -426,10 +426,10 @@ static void default_signals(void)
 
 /* fork(), and the child entered in the books.  -1 when the machine has no
  * process left: then accepting rests a while, too. */
-static pid_t spawn(enum role role, uint32_t lane)
+static pid_t spawn(enum role role)
 {
     struct child *room = realloc(children, (child_count + 1) * sizeof *children);
-    struct child child = { -1, role, lane, INT64_MAX, -1, false };
+    struct child child = { -1, role, 0, INT64_MAX, -1, false };
 
     if (room != NULL) {
         children = room;
@@ -510,7 +510,7 @@ static struct child *start_worker(void)
         return NULL;
     }
     if (ends[0] < FD_SETSIZE && ends[1] < FD_SETSIZE)       /* both sides will select() */
-        pid = spawn(STORES, 0);
+        pid = spawn(STORES);
     if (pid == 0) {
         forget_all();
         close(ends[0]);
@@ -560,7 +560,8 @@ static int employ(enum task task, const char *id, uint32_t lane, bool more)
     return channel;
 }
 
-/* Whatever an exchanger or a name server does to it, a forwarder has an end. */
+/* Whatever an exchanger or a name server does to it, a forwarder has an end; and a
+ * worker that is not needed for a while goes. */
 static void end_overdue(void)
 {
     for (size_t i = 0; i < child_count; i++) {
@@ -1535,7 +1536,7 @@ static void on_signal(int number)
 }
 
 /* The descriptor a session waits on, and until when.  While its message is being
- * stored, that is the worker's. */
+ * stored it waits for a worker, whatever the client does. */
 static void fill_session(const struct session *s, fd_set *readable, fd_set *writable, int *top, int64_t *until)
 {
     if (s->phase == STORING)
@@ -1817,7 +1818,7 @@ static void divide_workers(void)
  * keeps the pid and the listening sockets, begins with an empty table. */
 static void divide(void)
 {
-    pid_t pid = spawn(SERVES, 0);
+    pid_t pid = spawn(SERVES);
 
     if (pid > 0) {
         logmsg("table full: process %ld serves %lu clients on", (long)pid, (unsigned long)session_count);
@@ -1917,7 +1918,7 @@ static void reap_children(void)
 
 static void start_runner(void)
 {
-    pid_t server = getpid(), pid = spawn(FINDS, 0);
+    pid_t server = getpid(), pid = spawn(FINDS);
 
     runner_from = clock_ms() + REST;
     if (pid == 0) {
