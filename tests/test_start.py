@@ -601,7 +601,7 @@ def test_accept_that_fails(relay, strace, error, rests):
         wait_for(lambda: "EAGAIN" in trace(), what="nobody else to be accepted")
     assert len(re.findall(r"accept4?\(", trace())) < 6
     assert bool(server.logged("^accept failed .*: resting for a second$")) == rests
-    assert (took > 0.9) == rests
+    assert took > 0.9 or not rests
 
 
 def test_more_clients_than_an_fd_set_holds(world, relay, tmp_path, many_descriptors):
