@@ -61,7 +61,7 @@ SESSIONS = (1, 5, 20, 100, 500)
 USUAL = 20                      # sessions, where only one number is tried
 IDLE = (1000, 5000, 20000)
 QUEUED = (100, 10000, 100000)
-FILLING = 150                   # seconds that a queue may take to fill
+FILLING = 300                   # seconds that a queue may take to fill
 HELD_BY_ONE = 5000              # idle clients that one process holds: descriptors are limited
 CLIENTS_AT_ADDRESS = 200        # below what any peer allows to one client address
 
