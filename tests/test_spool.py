@@ -278,6 +278,10 @@ def check_recovery(world, client):
     assert len(world.exchanger.messages) == 1
 
 
+# Faults that meet calls of valgrind's own, or that it (3.19) does not survive.
+TOO_MUCH_FOR_VALGRIND = ("write:", "fcntl:", "/^(clone3?")
+
+
 @pytest.mark.parametrize("said, fault, reply", [
     # In the server: `said` steps of MESSAGE are through when it begins.
     (0, "/^open(at)?$:error=ENOSPC", FULL),
@@ -307,6 +311,8 @@ def check_recovery(world, client):
 def test_no_false_250(world, strace, said, fault, reply):
     """A message that was not stored is refused where that is known, leaves nothing
     behind, and the next one is taken without a restart."""
+    if BINARY.name == "valgrind" and fault.startswith(TOO_MUCH_FOR_VALGRIND):
+        pytest.skip("valgrind does not stand this fault")
     with world.relay.client() as client:
         begin(client, "HELO me.com")
         assert said == 0 or say_all(client, MESSAGE[:said])[0] in "23"
