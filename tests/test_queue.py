@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from lab import BINARY, EMULATED, run, wait_for
+from lab import BINARY, WATCHED, run, wait_for
 
 LONG_AGO = 1            # whatever has such a modification time is due
 DAY = 24 * 3600
@@ -512,7 +512,7 @@ def memory(*pids):
 
 
 @pytest.mark.skipif(b"__asan_" in BINARY.read_bytes(), reason="a sanitizer keeps what was freed")
-@pytest.mark.skipif(EMULATED, reason="an emulator's memory is more than the program's")
+@pytest.mark.skipif(WATCHED, reason="an emulator's memory, or valgrind's, is more than the program's")
 def test_memory_does_not_grow_with_the_queue(house):
     world = house("-r", "2", "-j", "4")
     world.org.stop()
