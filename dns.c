@@ -366,7 +366,7 @@ struct flight {
     char name[DNS_NAME_SIZE];   /* asked for now: down a chain of CNAMEs, the last target */
     int fd;                     /* its socket, or -1 */
     unsigned id;
-    unsigned tries;             /* servers asked in vain by silence */
+    unsigned tries;             /* servers asked in vain */
     unsigned broken;            /* servers that said they cannot, a bit for each */
     unsigned links;             /* CNAMEs followed */
     bool edns;                  /* asked with an OPT record */
@@ -717,10 +717,10 @@ static bool serve_flights(struct flight *flights, size_t count, const struct nam
     return true;
 }
 
-void dns_ask(const struct nameservers *servers, struct dns_query *queries, size_t count)
+void dns_ask(const struct nameservers *servers, struct dns_query *queries, size_t count, int64_t deadline)
 {
     struct flight flights[DNS_QUERIES];
-    int64_t end = clock_ms() + CALL_LIMIT;
+    int64_t end = clock_ms() + CALL_LIMIT < deadline ? clock_ms() + CALL_LIMIT : deadline;
 
     if (count > DNS_QUERIES)
         count = DNS_QUERIES;
@@ -796,7 +796,7 @@ int main(int argc, char **argv)
     queries[2].type = DNS_AAAA;
     for (int i = 0; i < 3; i++)
         queries[i].name = argv[1];
-    dns_ask(&servers, queries, 3);
+    dns_ask(&servers, queries, 3, INT64_MAX);
     for (int i = 0; i < 3; i++) {
         const struct dns_query *q = &queries[i];
 

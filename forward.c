@@ -20,9 +20,9 @@
  * All lines end with CRLF.  The body stands as it goes over the wire, with its
  * dots doubled, so forwarding copies octets, and CRLF.CRLF stands nowhere but
  * at its end: that proves the file complete.  Nothing is ever rewritten.  A last
- * line without CRLF is one that a crash cut off: it never counts and is cut
- * away before the next is written.  The modification time is when the next try
- * is due.
+ * line without CRLF is one that a crash cut off: it does not count, and the next
+ * try begins by cutting it away.  The modification time is when the next try is
+ * due.
  *
  * The life of a message:
  *
@@ -75,7 +75,7 @@
 enum {
     BLOCK = 65536,              /* octets of a message read or sent at once */
     SPOOL_LINE = 8192,          /* the longest line the spool has above and below a body */
-    STALE = 3600,               /* seconds, beside -t, after which nobody writes to a draft any more */
+    STALE = 3600,               /* seconds, beside IDLES times -t, after which nobody writes to a draft any more */
     RETRY_LIMIT = 3600,         /* seconds between tries at most */
     TRY_LIMIT = 3 * 3600,       /* seconds a try may take ... */
     TRY_STEPS = 20,             /* ... or this many times -w: to connect to ten exchangers and to be greeted */
@@ -201,12 +201,17 @@ static time_t id_time(const char *id)
     return date_seconds(id, ID_DATE ".");
 }
 
+static void die_of_memory(void)
+{
+    die("no memory: this process ends here, its message stays in the queue");
+}
+
 static void *allocate(void *old, size_t size)
 {
     void *memory = realloc(old, size);
 
     if (memory == NULL)
-        die("no memory: this process ends here, its message stays in the queue");
+        die_of_memory();
     return memory;
 }
 
@@ -221,8 +226,26 @@ static FILE *open_text(char **text, size_t *size)
     FILE *stream = open_memstream(text, size);
 
     if (stream == NULL)
-        die("no memory: this process ends here, its message stays in the queue");
+        die_of_memory();
     return stream;
+}
+
+/* fprintf(), which may find no memory either: half an envelope, record or report
+ * would be worse than none. */
+static void put(FILE *stream, const char *format, ...)
+{
+    va_list arguments;
+
+    va_start(arguments, format);
+    if (vfprintf(stream, format, arguments) < 0)
+        die_of_memory();
+    va_end(arguments);
+}
+
+static void close_text(FILE *stream)
+{
+    if (fclose(stream) != 0)
+        die_of_memory();
 }
 
 /* How long until the next try of a message of this age: the waits double. */
@@ -324,7 +347,7 @@ static void clear_drafts(void)
 
         if (id_time(entry->d_name) == 0 || lstat(path, &st) != 0 || !S_ISREG(st.st_mode))
             continue;
-        if (st.st_mtime < now - STALE - settings.idle && unlink(path) == 0)
+        if (st.st_mtime < now - STALE - IDLES * settings.idle && unlink(path) == 0)
             logmsg("%s stale draft removed", entry->d_name);
     }
     if (tmp != NULL)
@@ -496,7 +519,7 @@ struct recipient {
     char *said;             /* behind an outcome: the exchanger, a space, its words; or NULL */
     bool pending;           /* in this try: not settled yet */
     bool unrecorded;        /* its outcome is not in the file yet */
-    bool accepted;          /* RCPT was answered with 250 */
+    bool accepted;          /* RCPT was answered with 2xx */
 };
 
 struct message {
@@ -782,9 +805,9 @@ static char *outcome_lines(const struct message *m, enum outcome outcome, size_t
         const struct recipient *r = &m->recipients[i];
 
         if (r->unrecorded && r->outcome == outcome)
-            fprintf(lines, "%s %s <%s> %s\r\n", now, outcome_names[outcome], r->address, r->said);
+            put(lines, "%s %s <%s> %s\r\n", now, outcome_names[outcome], r->address, r->said);
     }
-    fclose(lines);
+    close_text(lines);
     return text;
 }
 
@@ -937,6 +960,10 @@ static void no_route(struct route *route, enum outcome outcome, const char *form
     route->outcome = outcome;
 }
 
+/* When this process has to be done with its try, by clock_ms(): then every step
+ * is over, and what is left is for later.  Children have it from their parent. */
+static int64_t try_end;
+
 /* Addresses nobody sends mail to: unspecified, multicast, broadcast. */
 static bool is_usable(const union address *a)
 {
@@ -945,8 +972,31 @@ static bool is_usable(const union address *a)
     return ntohl(a->in.sin_addr.s_addr) >> 24 != 0 && ntohl(a->in.sin_addr.s_addr) >> 28 < 14;
 }
 
+static bool can_bind(union address a)
+{
+    int fd = socket_open(&a, SOCK_DGRAM);
+    bool ok;
+
+    address_set_port(&a, 0);
+    ok = fd >= 0 && bind(fd, &a.sa, address_size(&a)) == 0;
+    if (fd >= 0)
+        close(fd);
+    return ok;
+}
+
+/* Is it an address of this machine?  A socket can be bound to it, and not to one
+ * that no machine has (RFC 1112 4, RFC 6666): there are systems which, if told so,
+ * bind to any. */
+static bool is_local(const union address *a)
+{
+    union address nobodys;
+
+    address_parse(a->sa.sa_family == AF_INET6 ? "100::1" : "240.0.0.1", 0, &nobodys);
+    return can_bind(*a) && !can_bind(nobodys);
+}
+
 /* Is it this server?  The same address and port, or, where it listens on all
- * addresses, any that a socket of this machine can be bound to. */
+ * addresses, any of this machine. */
 static bool is_self(const union address *a, unsigned port)
 {
     static const unsigned char any[16];
@@ -956,24 +1006,22 @@ static bool is_self(const union address *a, unsigned port)
     for (size_t i = 0; i < settings.listening_count; i++) {
         const union address *l = &settings.listening[i];
         const unsigned char *ours = address_octets(l, &size);
-        union address probe = *a;
-        int fd;
-        bool here;
 
         if (l->sa.sa_family != a->sa.sa_family || address_port(l) != port)
             continue;
-        if (memcmp(ours, octets, size) == 0)
-            return true;
-        if (memcmp(ours, any, size) != 0)
-            continue;
-        address_set_port(&probe, 0);
-        fd = socket_open(&probe, SOCK_DGRAM);
-        here = fd >= 0 && bind(fd, &probe.sa, address_size(&probe)) == 0;
-        if (fd >= 0)
-            close(fd);
-        if (here)
+        if (memcmp(ours, octets, size) == 0 || (memcmp(ours, any, size) == 0 && is_local(a)))
             return true;
     }
+    return false;
+}
+
+/* Is it this server by its name?  What addresses others reach it by, it need not
+ * know. */
+static bool is_own_name(const char *name, unsigned port)
+{
+    for (size_t i = 0; i < settings.listening_count; i++)
+        if (address_port(&settings.listening[i]) == port && strcasecmp(name, settings.hostname) == 0)
+            return true;
     return false;
 }
 
@@ -984,9 +1032,11 @@ static bool add_address(struct route *route, const char *name, unsigned preferen
     struct exchange *x = &route->x[route->count];
 
     address_unmap(&a);      /* in disguise it would not be known for our own */
+    if (!is_usable(&a))
+        return true;
     if (is_self(&a, port))
         return false;
-    if (!is_usable(&a) || route->count == ADDRESS_LIMIT)
+    if (route->count == ADDRESS_LIMIT)
         return true;
     address_set_port(&a, port);
     for (size_t i = 0; i < route->count; i++)
@@ -998,6 +1048,13 @@ static bool add_address(struct route *route, const char *name, unsigned preferen
     snprintf(x->label, sizeof x->label, "%s[%s]", strcmp(name, text) == 0 ? "" : name, text);
     route->count++;
     return true;
+}
+
+/* Our operator's mistake, not the sender's. */
+static void no_smarthost(struct route *route, bool self)
+{
+    no_route(route, LATER, "4.4.4 the smarthost %s %s: name another with -s", settings.smarthost,
+        self ? "is this relay itself" : "has no usable address");
 }
 
 /* Adds the addresses of these exchangers, which are sorted by preference. */
@@ -1014,13 +1071,13 @@ static void add_exchangers(struct route *route, const struct dns_record *mx, siz
         queries[i].name = mx[i / 2].name;
         queries[i].type = i % 2 == 0 ? DNS_AAAA : DNS_A;
     }
-    dns_ask(&settings.nameservers, queries, 2 * count);
-    for (size_t i = 0; i < 2 * count; i++)
-        if (queries[i].status == DNS_FAILED)
-            trouble = queries[i].why;
+    dns_ask(&settings.nameservers, queries, 2 * count, try_end);
     for (size_t i = 0; i < 2 * count && !self; i++) {
         const struct dns_query *q = &queries[i];
 
+        self = is_own_name(mx[i / 2].name, port);
+        if (q->status == DNS_FAILED && !self)
+            trouble = q->why;
         for (size_t k = 0; k < q->count && !self; k++)
             self = !add_address(route, q->name, mx[i / 2].preference, q->records[k].address, port);
         /* RFC 5321 5.1: who is not better than we are would send it back to us. */
@@ -1030,10 +1087,10 @@ static void add_exchangers(struct route *route, const struct dns_record *mx, siz
     route->whole = trouble == NULL;
     if (route->count == 0 && trouble != NULL)
         no_route(route, LATER, "4.4.3 no address of an exchanger: %s", trouble);
+    else if (route->count == 0 && settings.smarthost != NULL)
+        no_smarthost(route, self);
     else if (route->count == 0 && self)
         no_route(route, FAILED, "5.4.6 mail for this domain would loop back to this relay");
-    else if (route->count == 0 && settings.smarthost != NULL)     /* our operator's mistake, not the sender's */
-        no_route(route, LATER, "4.4.4 the smarthost %s has no usable address", settings.smarthost);
     else if (route->count == 0)
         no_route(route, FAILED, "5.4.4 no exchanger of this domain has a usable address");
     free(queries);
@@ -1048,7 +1105,7 @@ static void add_domain(struct route *route, const char *domain)
 
     query->name = domain;
     query->type = DNS_MX;
-    dns_ask(&settings.nameservers, query, 1);
+    dns_ask(&settings.nameservers, query, 1, try_end);
     for (size_t i = 0; i < query->count; i++)       /* "." is no name of a host */
         if (query->records[i].name[0] != '\0')
             query->records[usable++] = query->records[i];
@@ -1089,7 +1146,11 @@ static void find_route(struct route *route, const char *domain)
     else
         snprintf(literal, sizeof literal, "%s", domain);
     if ((settings.smarthost != NULL || domain[0] == '[') && address_parse(literal, port, &a)) {
-        if (!add_address(route, literal, 0, a, port))
+        bool self = !add_address(route, literal, 0, a, port);
+
+        if (settings.smarthost != NULL && route->count == 0)
+            no_smarthost(route, self);
+        else if (self)
             no_route(route, FAILED, "5.4.6 mail for this address would loop back to this relay");
         else if (route->count == 0)
             no_route(route, FAILED, "5.1.2 nobody has the address %s", literal);
@@ -1104,24 +1165,20 @@ static void find_route(struct route *route, const char *domain)
 /* ==== The dialogue ======================================================= */
 
 /* The client's time-outs, in seconds: RFC 5321 4.5.3.2. */
-enum step { CONNECT, GREETING, HELLO, ENVELOPE, DATA_COMMAND, MESSAGE, FINAL_DOT, QUIT };
+enum step { CONNECT, GREETING, HELLO, RESET, ENVELOPE, DATA_COMMAND, MESSAGE, FINAL_DOT, QUIT };
 
 static const struct {
     const char *name;
     long seconds;
 } steps[] = {
-    { "connecting", 30 }, { "the greeting", 300 }, { "EHLO", 300 }, { "MAIL and RCPT", 300 },
-    { "DATA", 120 }, { "the message", 180 }, { "the final dot", 600 }, { "QUIT", 10 }
+    { "connecting", 30 }, { "the greeting", 300 }, { "EHLO", 300 }, { "RSET", 10 },
+    { "MAIL and RCPT", 300 }, { "DATA", 120 }, { "the message", 180 }, { "the final dot", 600 }, { "QUIT", 10 }
 };
 
 long try_limit(void)
 {
     return settings.wait > 0 && settings.wait < TRY_LIMIT / TRY_STEPS ? TRY_STEPS * settings.wait : TRY_LIMIT;
 }
-
-/* When this process has to be done with its try, by clock_ms(): then every step
- * is over, and what is left is for later.  Children have it from their parent. */
-static int64_t try_end;
 
 static int64_t step_deadline(enum step step)
 {
@@ -1267,7 +1324,9 @@ static bool send_bytes(struct exchange *x, const char *bytes, size_t size, enum 
             size -= (size_t)n;
         } else if (errno == EAGAIN) {
             if (!wait_ready(x->fd, true, step_deadline(step))) {
-                lose(x, "nothing taken in time", step);
+                /* It may have said why. */
+                if (read_reply(x, QUIT) < 400)
+                    lose(x, "nothing taken in time", step);
                 return false;
             }
         } else if (errno != EINTR) {
@@ -1310,6 +1369,7 @@ static void forget_extensions(struct exchange *x)
 /* EHLO, or HELO to who refuses it (RFC 5321 3.2). */
 static enum outcome say_hello(struct exchange *x)
 {
+    char refusal[REPLY_SIZE];
     int code;
 
     forget_extensions(x);
@@ -1318,7 +1378,10 @@ static enum outcome say_hello(struct exchange *x)
     x->in_ehlo = false;
     if (judge(code) == FAILED) {
         forget_extensions(x);
+        strcpy(refusal, x->words);
         code = say(x, HELLO, "HELO %s\r\n", settings.hostname);
+        if (code == 0)
+            strcpy(x->words, refusal);      /* then it has hung up, and this is why */
     }
     return judge(code);
 }
@@ -1412,14 +1475,14 @@ static char *compose_envelope(const struct exchange *x, const struct message *m,
     size_t size;
     FILE *lines = open_text(&text, &size);
 
-    fprintf(lines, "MAIL FROM:<%s>", m->reverse_path);
+    put(lines, "MAIL FROM:<%s>", m->reverse_path);
     if (x->sized)
-        fprintf(lines, " SIZE=%llu", m->size);
-    fprintf(lines, "%s\r\n", x->eight_bit && (m->eight_bit || m->declared) ? " BODY=8BITMIME" : "");
+        put(lines, " SIZE=%llu", m->size);
+    put(lines, "%s\r\n", x->eight_bit && (m->eight_bit || m->declared) ? " BODY=8BITMIME" : "");
     for (size_t i = 0; i < count; i++)
-        fprintf(lines, "RCPT TO:<%s>\r\n", to[i]->address);
-    fprintf(lines, "DATA\r\n");
-    fclose(lines);
+        put(lines, "RCPT TO:<%s>\r\n", to[i]->address);
+    put(lines, "DATA\r\n");
+    close_text(lines);
     return text;
 }
 
@@ -1615,17 +1678,17 @@ static void log_race(const struct route *route, int64_t start)
     for (const struct exchange *x = route->x; x < route->x + route->count; x++) {
         if (x->begun < start)
             continue;           /* it was not in this one */
-        fprintf(line, " %s", x->label);
+        put(line, " %s", x->label);
         if (x->connected != 0)
-            fprintf(line, " handshake=%.2fms", (double)(x->connected - x->begun) / 1000);
+            put(line, " handshake=%.2fms", (double)(x->connected - x->begun) / 1000);
         if (x->greeted != 0)
-            fprintf(line, " greeting=%.2fms;", (double)(x->greeted - x->begun) / 1000);
+            put(line, " greeting=%.2fms;", (double)(x->greeted - x->begun) / 1000);
         else if (x->progress == SPENT)
-            fprintf(line, " (%s);", x->words);
+            put(line, " (%s);", x->words);
         else
-            fprintf(line, " greeting=-;");
+            put(line, " greeting=-;");
     }
-    fclose(line);
+    close_text(line);
     if (size > 0)
         logmsg("%s race:%.*s", route->x[0].id, (int)size - 1, text);
     free(text);
@@ -1710,16 +1773,30 @@ static bool transact_all(struct exchange *x, struct message *m, struct recipient
     return true;
 }
 
-/* The way of the message before, which the next one to the same domain may take. */
+/* The way of the message before, which the next one to the same domain may take:
+ * to the best of its exchangers that answer. */
 static struct route *kept;
 static bool keeping;        /* there are more to come where this message goes */
 
 static void drop_kept(void)
 {
-    if (kept != NULL)
+    if (kept != NULL && kept->open != NULL)
         let_go(kept->open);
     free(kept);
     kept = NULL;
+}
+
+/* Keeps the way that a message has taken, if its connection is open and no better
+ * exchanger has been reached: what that one refused may have been this message alone. */
+static void keep(struct route *route)
+{
+    bool best = route->open != NULL;
+
+    for (struct exchange *x = route->x; best && x < route->x + route->count; x++)
+        best = x->preference >= route->open->preference || x->greeted == 0;
+    kept = route;
+    if (!best)
+        drop_kept();
 }
 
 /* The way to this domain that was kept, if it still goes.  Whatever happened to
@@ -1728,7 +1805,8 @@ static struct route *take_kept(const char *domain, const char *id)
 {
     struct route *route = kept;
 
-    if (route == NULL || clock_ms() > route->open->deadline
+    /* Who says something by now does not know what was asked, or is about to hang up. */
+    if (route == NULL || clock_ms() > route->open->deadline || wait_ready(route->open->fd, false, 0)
         || (settings.smarthost == NULL && strcasecmp(route->domain, domain) != 0)) {
         drop_kept();
         return NULL;
@@ -1737,7 +1815,7 @@ static struct route *take_kept(const char *domain, const char *id)
         if (x != route->open)
             x->progress = UNTRIED;
     route->open->id = id;
-    if (judge(say(route->open, ENVELOPE, "RSET\r\n")) != SENT) {
+    if (judge(say(route->open, RESET, "RSET\r\n")) != SENT) {
         drop_kept();
         return NULL;
     }
@@ -1827,10 +1905,7 @@ static bool deliver(struct message *m, struct recipient **to, size_t count)
             to[k]->pending = false;
         }
     reached = reached || route->outcome == FAILED || (route->count > 0 && refused);
-    if (route->open != NULL)
-        kept = route;
-    else
-        free(route);
+    keep(route);
     return reached;
 }
 
@@ -1876,7 +1951,7 @@ static void write_delivery_status(FILE *out, const struct message *m)
     char date[DATE_SIZE], status[16];
 
     mail_date(date, id_time(m->id));
-    fprintf(out, "Reporting-MTA: dns; %s\r\nArrival-Date: %s\r\n", settings.hostname, date);
+    put(out, "Reporting-MTA: dns; %s\r\nArrival-Date: %s\r\n", settings.hostname, date);
     mail_date(date, wall_clock());
     for (size_t i = 0; i < m->count; i++) {
         const struct recipient *r = &m->recipients[i];
@@ -1889,10 +1964,10 @@ static void write_delivery_status(FILE *out, const struct message *m)
         relay = strcspn(r->said, " ");
         words = r->said + relay + 1;
         find_status(words, status);
-        fprintf(out, "\r\nFinal-Recipient: rfc822; %s\r\nAction: failed\r\nStatus: %s\r\n", r->address, status);
+        put(out, "\r\nFinal-Recipient: rfc822; %s\r\nAction: failed\r\nStatus: %s\r\n", r->address, status);
         if (r->said[0] != '-')
-            fprintf(out, "Remote-MTA: dns; %.*s\r\n", name > 0 ? (int)name : (int)relay, r->said);
-        fprintf(out, "Diagnostic-Code: %s; %s\r\nLast-Attempt-Date: %s\r\n",
+            put(out, "Remote-MTA: dns; %.*s\r\n", name > 0 ? (int)name : (int)relay, r->said);
+        put(out, "Diagnostic-Code: %s; %s\r\nLast-Attempt-Date: %s\r\n",
             strspn(words, "0123456789") == 3 ? "smtp" : "x-relay", words, date);
     }
 }
@@ -1910,7 +1985,7 @@ static void write_header(FILE *out, const struct message *m)
         for (size_t i = 0; i < length; i++)
             if ((line[i] < ' ' && line[i] != '\t') || line[i] > '~')
                 line[i] = '?';
-        fprintf(out, "%.*s\r\n", (int)length, line);
+        put(out, "%.*s\r\n", (int)length, line);
         written += length + 2;
     }
 }
@@ -1922,14 +1997,14 @@ static void write_report(FILE *out, const struct message *m, const char *id)
     char date[DATE_SIZE];
 
     mail_date(date, wall_clock());
-    fprintf(out, "HELO %s\r\nMAIL FROM:<>\r\nRCPT TO:<%s>\r\nDATA\r\n", settings.hostname, m->reverse_path);
-    fprintf(out, "Date: %s\r\nFrom: Mail relay <MAILER-DAEMON@%s>\r\nTo: <%s>\r\n", date, settings.hostname,
+    put(out, "HELO %s\r\nMAIL FROM:<>\r\nRCPT TO:<%s>\r\nDATA\r\n", settings.hostname, m->reverse_path);
+    put(out, "Date: %s\r\nFrom: Mail relay <MAILER-DAEMON@%s>\r\nTo: <%s>\r\n", date, settings.hostname,
         m->reverse_path);
-    fprintf(out, "Subject: Undelivered mail\r\nMessage-ID: <%s@%s>\r\nAuto-Submitted: auto-replied\r\n", id,
+    put(out, "Subject: Undelivered mail\r\nMessage-ID: <%s@%s>\r\nAuto-Submitted: auto-replied\r\n", id,
         settings.hostname);       /* RFC 3834 5 */
-    fprintf(out, "MIME-Version: 1.0\r\nContent-Type: multipart/report; report-type=delivery-status;\r\n"
+    put(out, "MIME-Version: 1.0\r\nContent-Type: multipart/report; report-type=delivery-status;\r\n"
         "\tboundary=\"=_%s\"\r\n\r\n", id);
-    fprintf(out, "--=_%s\r\nContent-Type: text/plain; charset=us-ascii\r\n\r\n"
+    put(out, "--=_%s\r\nContent-Type: text/plain; charset=us-ascii\r\n\r\n"
         "This is the mail relay at %s.\r\n\r\n"
         "Your message, whose header is below, did not reach these recipients, and\r\n"
         "is not tried any more for them:\r\n", id, settings.hostname);
@@ -1937,13 +2012,13 @@ static void write_report(FILE *out, const struct message *m, const char *id)
         const struct recipient *r = &m->recipients[i];
 
         if (r->unrecorded && r->outcome == FAILED)
-            fprintf(out, "\r\n  <%s>\r\n    %s\r\n", r->address, r->said);
+            put(out, "\r\n  <%s>\r\n    %s\r\n", r->address, r->said);
     }
-    fprintf(out, "\r\n--=_%s\r\nContent-Type: message/delivery-status\r\n\r\n", id);
+    put(out, "\r\n--=_%s\r\nContent-Type: message/delivery-status\r\n\r\n", id);
     write_delivery_status(out, m);
-    fprintf(out, "\r\n--=_%s\r\nContent-Type: text/rfc822-headers\r\n\r\n", id);
+    put(out, "\r\n--=_%s\r\nContent-Type: text/rfc822-headers\r\n\r\n", id);
     write_header(out, m);
-    fprintf(out, "\r\n--=_%s--\r\n.\r\n", id);
+    put(out, "\r\n--=_%s--\r\n.\r\n", id);
 }
 
 /* Makes the report durable.  False: it could not be stored, so that no failure
@@ -1962,7 +2037,7 @@ static bool report_failures(const struct message *m, struct draft *report)
         return false;
     out = open_text(&text, &size);
     write_report(out, m, report->id);
-    fclose(out);
+    close_text(out);
     draft_add(report, text, size);
     free(text);
     if (!store(report))
@@ -2031,14 +2106,14 @@ static void try_party(struct message *m, const struct party *p, off_t number, pi
     _exit(reached ? FORWARD_DONE : FORWARD_UNREACHABLE);
 }
 
-/* False: there is no process for it. */
-static bool start_party(struct message *m, const struct party *p, off_t number, struct draft *failures)
+/* Returns its child, or -1: there is no process for it. */
+static pid_t start_party(struct message *m, const struct party *p, off_t number, struct draft *failures)
 {
     pid_t parent = getpid(), pid = fork();
 
     if (pid == 0)
         try_party(m, p, number, parent, failures);
-    return pid > 0;
+    return pid;
 }
 
 /* What the children have recorded, and what they leave to be reported. */
@@ -2058,12 +2133,14 @@ static void read_results(struct message *m, const struct draft *failures)
         m->recipients[i].unrecorded = m->recipients[i].pending && m->recipients[i].outcome == FAILED;
 }
 
-/* Several domains, some side by side, so that a dead one delays no other. */
+/* Several domains, some side by side, so that a dead one delays no other.  Returns
+ * false if the first, whose lane it is, could not be reached. */
 static bool deliver_parties(struct message *m, const struct party *parties, size_t count)
 {
     struct draft failures;
     size_t begun = 0, running = 0;
-    bool reached = false;
+    pid_t pid, first = -1;
+    bool reached = true;
     int status;
 
     drop_kept();            /* it is not the children's */
@@ -2071,12 +2148,19 @@ static bool deliver_parties(struct message *m, const struct party *parties, size
         return true;
     lock_octets(m->fd, F_UNLCK, 1, 0);      /* the others' octets are free for their children */
     while (begun < count || running > 0) {
-        if (begun < count && running < DOMAINS_AT_ONCE) {
-            running += start_party(m, &parties[begun], (off_t)begun + 1, &failures);
+        if (begun < count && running < DOMAINS_AT_ONCE
+            && (pid = start_party(m, &parties[begun], (off_t)begun + 1, &failures)) > 0) {
+            first = begun == 0 ? pid : first;
             begun++;
-        } else if (wait(&status) > 0) {
+            running++;
+        } else if (running == 0) {
+            logmsg("%s has no process for %lu of its domains (%s): they wait", m->id, (unsigned long)(count - begun),
+                strerror(errno));
+            break;
+        } else if ((pid = wait(&status)) > 0) {
             running--;
-            reached = reached || !WIFEXITED(status) || WEXITSTATUS(status) != FORWARD_UNREACHABLE;
+            if (pid == first)
+                reached = !WIFEXITED(status) || WEXITSTATUS(status) != FORWARD_UNREACHABLE;
         }
     }
     read_results(m, &failures);
@@ -2087,18 +2171,21 @@ static bool deliver_parties(struct message *m, const struct party *parties, size
 /* After a try: reports, records, and removes or reschedules the message. */
 static void conclude(struct message *m, struct draft *report)
 {
-    bool failed = false, owed = false;
+    bool failed = false, owed = false, reported;
 
     for (size_t i = 0; i < m->count; i++) {
         failed = failed || (m->recipients[i].unrecorded && m->recipients[i].outcome == FAILED);
         owed = owed || m->recipients[i].outcome == LATER;
     }
-    if (failed && !report_failures(m, report)) {
+    hold_signals(true);         /* what is reported is to be recorded, or it is reported again */
+    reported = !failed || report_failures(m, report);
+    if (reported && ((failed && !write_outcomes(m, FAILED)) || !write_outcomes(m, LATER)))
+        logmsg("%s outcomes cannot be recorded (%s)", m->id, strerror(errno));
+    hold_signals(false);
+    if (!reported) {
         logmsg("%s failures cannot be reported now: they will be found again", m->id);
         return;                 /* the next try is due already, set ahead */
     }
-    if ((failed && !write_outcomes(m, FAILED)) || !write_outcomes(m, LATER))
-        logmsg("%s outcomes cannot be recorded (%s)", m->id, strerror(errno));
     m->due = wall_clock() + (time_t)back_off(m->age);
     if (owed)
         set_due(m);
@@ -2341,6 +2428,7 @@ void run_queue(int due_fd, pid_t server)
     sigset_t wakers, open;
     bool first = true;
 
+    hold_signals(false);
     sigemptyset(&action.sa_mask);
     sigemptyset(&wakers);
     sigaddset(&wakers, SIGHUP);

@@ -50,7 +50,6 @@ enum {
     PROXY_LIMIT = 4096,     /* octets of a proxy's header */
     LOOP_LIMIT = 100,       /* Received: lines (RFC 5321 6.3) */
     ERROR_LIMIT = 20,       /* 5xx replies without a completed transaction between */
-    IDLES = 12,             /* times -t that a client has to complete a transaction */
     SIGNAL_WAIT = 20,       /* ms that a signal may wait while clients keep us busy */
     LINGER = 2000,          /* ms for a client to take its last reply */
     STORING_AT_ONCE = 16,   /* messages; more would wait for the same disk, each in a process */

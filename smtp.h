@@ -37,6 +37,7 @@ enum {
     DOMAIN_LIMIT = 255,     /* a domain: 4.5.3.1.2 */
     LOCAL_LIMIT = 64,       /* a local part: 4.5.3.1.1 */
     RECIPIENT_LIMIT = 1000, /* RCPTs in a transaction: 4.5.3.1.8 asks for 100 */
+    IDLES = 12,             /* times -t that a client has to complete a transaction */
     ID_SIZE = 48,           /* a message's name in the spool, with its NUL */
     REPLY_SIZE = 512,       /* one reply, made a single line, with its NUL */
     DATE_SIZE = 64,         /* a date as text, with its NUL */
@@ -251,9 +252,10 @@ struct dns_query {
 
 /* Asks all `count` (at most DNS_QUERIES) queries at once and returns when each
  * has its status: after milliseconds as a rule; where nobody answers, after 14
- * seconds for each server; after a minute at most.  RFC 1035 over UDP, EDNS0
- * (RFC 6891); TCP, 5 seconds for each query at most, where an answer is truncated. */
-void dns_ask(const struct nameservers *servers, struct dns_query *queries, size_t count);
+ * seconds for each server; after a minute at most, or when clock_ms() reaches
+ * `deadline`.  RFC 1035 over UDP, EDNS0 (RFC 6891); TCP, 5 seconds for each query
+ * at most, where an answer is truncated. */
+void dns_ask(const struct nameservers *servers, struct dns_query *queries, size_t count, int64_t deadline);
 
 /* Reads the nameserver lines of a resolv.conf; 127.0.0.1 where there is none. */
 void dns_servers(const char *path, struct nameservers *servers);

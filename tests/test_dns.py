@@ -556,11 +556,11 @@ int main(int argc, char **argv)
 
     if (!endpoint_parse(argv[argc - 1], 53, host, &port) || !address_parse(host, port, &servers.server[0]))
         return 1;
-    dns_ask(&servers, &query, 1);
+    dns_ask(&servers, &query, 1, INT64_MAX);
     for (int child = 0; child < 40; child++)
         if (fork() == 0) {
             for (int i = 0; i < 10; i++)
-                dns_ask(&servers, &query, 1);
+                dns_ask(&servers, &query, 1, INT64_MAX);
             _exit(0);
         }
     return 0;
@@ -583,6 +583,34 @@ def test_no_process_is_given_the_numbers_of_another(dns, tmp_path, urandom):
     subprocess.run(program, check=True, timeout=60, env={**os.environ, "ASAN_OPTIONS": "detect_leaks=0"})
     assert urandom or "(INJECTED)" in (tmp_path / "trace").read_text()
     expect_unpredictable(wait_for(lambda: len(dns.queries) >= 401 and dns.queries[1:401], timeout=60))
+
+
+ASK_BRIEFLY = r"""
+#include "smtp.h"
+
+int main(int argc, char **argv)
+{
+    static struct dns_query query = { .name = "example.net", .type = DNS_A };
+    struct nameservers servers = { .count = 1 };
+    char host[DNS_NAME_SIZE];
+    unsigned port;
+
+    if (!endpoint_parse(argv[argc - 1], 53, host, &port) || !address_parse(host, port, &servers.server[0]))
+        return 1;
+    dns_ask(&servers, &query, 1, clock_ms() + 100);
+    return query.status != DNS_FAILED;
+}
+"""
+
+
+def test_a_question_lasts_no_longer_than_its_asker_has_time(tmp_path):
+    """As a rule silence takes 14 seconds."""
+    source = tmp_path / "briefly.c"
+    source.write_text(ASK_BRIEFLY)
+    program = build(tmp_path / "briefly", "-I", ROOT, source, ROOT / "dns.c")
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as silent:
+        silent.bind(("127.0.0.1", 0))
+        subprocess.run([program, f"127.0.0.1:{silent.getsockname()[1]}"], check=True, timeout=10)
 
 
 # ---- Within the relay ---------------------------------------------------------------------

@@ -2,8 +2,10 @@
 import contextlib
 import os
 import re
+import shutil
 import signal
 import socket
+import subprocess
 import threading
 import time
 from pathlib import Path
@@ -21,6 +23,15 @@ def send(server, *recipients, body=BODY, sender=""):
     """A message from nobody, whose failures make no further message, unless said."""
     with server.client() as client:
         return client.deliver(sender, recipients, body)
+
+
+def put(server, to):
+    """The same, where we do not get to the server."""
+    path = server.spool / "20261123T110819.123456-54321-1f3a"
+    path.write_bytes(f"HELO me.com\r\nMAIL FROM:<>\r\nRCPT TO:<{to}>\r\nDATA\r\n\r\nx\r\n.\r\n".encode())
+    owner = (server.spool / "queue").stat()
+    os.chown(path, owner.st_uid, owner.st_gid)
+    path.rename(server.spool / "queue" / path.name)
 
 
 def outcome(server, to):
@@ -417,6 +428,20 @@ def test_yes_after_no(world):
     assert connection.commands[-1] == "DATA" and not world.exchanger.messages
 
 
+@hostile
+def test_refusal_of_who_stops_reading(world, relay, tmp_path):
+    """Its words are read though it keeps the connection."""
+    def refuse(connection):
+        connection.sock.sendall(b"552 5.3.4 too much\r\n")
+        wait_for(lambda: server.logged("status=") or connection.closed)
+
+    world.exchanger.set(extensions=(), replies={"BODY": refuse})
+    server = relay("-w", "1", mx_port=world.exchanger.port, spool=tmp_path / "other")
+    send(server, "b@example.net", body=LARGE)
+    found = outcome(server, "b@example.net")
+    assert (found.status, found.words) == ("failed", "552 5.3.4 too much")
+
+
 def test_all_recipients_are_refused_in_lockstep(world):
     world.exchanger.set(extensions=(), replies={"RCPT": "550 5.1.1 nobody"})
     send(world.relay, "b@example.net")
@@ -500,8 +525,9 @@ def test_4xx(pair, stage):
 def test_lost_connection(pair, stage, reset):
     pair.bad.set(**at(stage, drop_at=stage, reset=reset))
     words = pair.expect_next().words
-    # A reset may come before connect() has been seen to succeed.
-    assert words.startswith("4.4.2 connection lost at ") or (stage == "CONNECT" and words.startswith("4.4.1 "))
+    # Who refuses EHLO and then hangs up has said why.  A reset may come before connect() has been seen to succeed.
+    assert words.startswith("502 5.5.1 no" if stage == "HELO" else "4.4.2 connection lost at ") \
+        or (stage == "CONNECT" and words.startswith("4.4.1 "))
 
 
 @pytest.mark.parametrize("stage", ["MAIL", ("RCPT", "<a@example.org>"), ("RCPT", "<b@example.org>"), "DATA"])
@@ -726,7 +752,8 @@ def test_noise_at_every_stage(dns, exchangers, relay, stage):
     send(server, *(f"b@{mx.name}.net" for mx in many))
     found = [outcome(server, f"b@{mx.name}.net") for mx in many]
     assert [out.status for out in found] == ["sent" if stage == "QUIT" else "later"] * len(many)
-    assert stage == "QUIT" or {out.words.rpartition(" at ")[0] for out in found} == {"4.4.2 no SMTP reply"}
+    words = {out.words.rpartition(" at ")[0] or out.words for out in found}
+    assert stage == "QUIT" or words == {"502 5.5.1 no" if stage == "HELO" else "4.4.2 no SMTP reply"}
 
 
 @hostile
@@ -950,7 +977,16 @@ def test_smarthost_without_an_address(dns, relay, zone):
     server = relay("-s", "mx.example.net")
     send(server, "b@example.net")
     found = outcome(server, "b@example.net")
-    assert (found.status, found.words) == ("later", "4.4.4 the smarthost mx.example.net has no usable address")
+    assert (found.status, found.words) == (
+        "later", "4.4.4 the smarthost mx.example.net has no usable address: name another with -s")
+
+
+def test_smarthost_that_is_nobodys_address(relay):
+    server = relay("-s", "0.0.0.0")
+    send(server, "b@example.net")
+    found = outcome(server, "b@example.net")
+    assert (found.status, found.words) == (
+        "later", "4.4.4 the smarthost 0.0.0.0 has no usable address: name another with -s")
 
 
 @pytest.mark.parametrize("form", ["[::1]:{port}", "[::1]", "::1"])
@@ -1030,7 +1066,9 @@ def test_never_to_itself(dns, own, here):
 def test_never_to_itself_as_smarthost(own, here):
     server = own("-s", "{}:{}".format(*here))
     send(server, "b@example.net")
-    expect_loop(server, "b@example.net")
+    found = outcome(server, "b@example.net")
+    assert (found.status, found.words) == (
+        "later", f"4.4.4 the smarthost {here[0]} is this relay itself: name another with -s")
 
 
 def test_never_to_itself_by_any_address_where_it_listens_at_all(own):
@@ -1046,6 +1084,49 @@ def test_never_to_itself_by_an_ipv4_address_in_ipv6(own, here, ipv6):
     send(server, f"b@[IPv6:::ffff:{here[0]}]")
     found = outcome(server, f"b@[IPv6:::ffff:{here[0]}]")
     assert (found.relay, found.status) == ("-", "failed")
+
+
+def test_what_is_nobodys_is_not_taken_for_its_own_address(dns, own, here, ipv6):
+    """Where it listens on all addresses, a socket can be bound to these, too."""
+    good = Exchanger("::1", here[1], "good.example.net")
+    dns.mx("example.net", (10, "bad.example.net"), (20, good.name))
+    dns.a("bad.example.net", "0.0.0.0", "224.0.0.1", "255.255.255.255")
+    dns.aaaa(good.name, "::1")
+    try:
+        server = own(addresses=("0.0.0.0",))
+        send(server, "b@example.net")
+        assert outcome(server, "b@example.net").relay == f"{good.name}[::1]"
+    finally:
+        good.stop()
+
+
+def test_its_own_address_where_a_socket_can_be_bound_to_any(own, wrapped):
+    """Machines that take each other's addresses over have this (ip_nonlocal_bind)."""
+    prepare = "ip link set lo up && echo 1 >/proc/sys/net/ipv4/ip_nonlocal_bind"
+    if not shutil.which("unshare") or subprocess.run(["unshare", "-n", "sh", "-c", prepare],
+                                                     capture_output=True).returncode != 0:
+        pytest.skip("no network of our own here")
+    binary = wrapped(command=f"unshare -n sh -c '{prepare} && exec \"$0\" \"$@\"'")
+    server = own("-w", "1", binary=binary, addresses=("0.0.0.0",))
+    put(server, "b@[198.51.100.7]")
+    server.hangup()
+    found = outcome(server, "b@[198.51.100.7]")
+    assert (found.relay, found.status) == ("[198.51.100.7]", "later")
+
+
+@pytest.mark.parametrize("place, status", [(5, "failed"), (20, "sent")])
+def test_its_own_name_in_the_list_is_enough(dns, own, here, place, status):
+    """RFC 5321 5.1: it need not be able to look up its own address, or know it for its own."""
+    other = Exchanger(loopback(), here[1], "other.example.net")
+    dns.mail("example.net", (10, other))
+    dns.mx("example.net", (10, other.name), (place, HOSTNAME.upper()))
+    dns.rcode(HOSTNAME, 2)
+    try:
+        server = own()
+        send(server, "b@example.net")
+        assert outcome(server, "b@example.net").status == status
+    finally:
+        other.stop()
 
 
 def test_only_to_who_is_better_than_itself(dns, own, here):

@@ -2,7 +2,9 @@
 import email
 import email.policy
 import email.utils
+import os
 import re
+import signal
 from types import SimpleNamespace
 
 import pytest
@@ -332,6 +334,21 @@ def test_failure_that_cannot_be_reported_is_not_recorded(house, strace, fault):
     world.relay.hangup_until(lambda: world.org.messages)
     report_of(world)
     assert len(world.net.connections) == 2
+
+
+def test_report_is_made_once_though_the_relay_ends(house, strace):
+    """What would end its forwarder politely waits until the failure is recorded, too."""
+    world = house()
+    with strace(world.relay.pid, "inject=fsync:delay_exit=400000"):
+        world.relay.send("b@example.net", sender=SENDER)
+        wait_for(lambda: any("-0-" in path.name for path in world.relay.queue()), what="the report")
+        os.killpg(world.relay.pid, signal.SIGTERM)
+        world.relay.process.wait(20)
+    world.relay.stop()
+    world.relay.start()
+    world.relay.hangup_until(lambda: world.org.messages)
+    report_of(world)
+    assert len(world.net.connections) == 1
 
 
 def test_report_of_what_failed_before_a_kill(house):

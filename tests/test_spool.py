@@ -452,12 +452,12 @@ def owned_by_the_server(server, path):
 
 
 def test_stale_drafts_are_removed(relay):
-    """At an hour and -t: younger ones may still be written to by a process that
+    """At an hour and twelve times -t: younger ones may still be written to by a process that
     outlived the server before."""
     server = relay("-t", "100")
     server.stop()
     now = time.time()
-    ages = {"20260101T000000.000000-1-1": 3600 + 90, "20260101T000000.000001-1-1": 3600 + 200,
+    ages = {"20260101T000000.000000-1-1": 3600 + 12 * 100 - 10, "20260101T000000.000001-1-1": 3600 + 12 * 100 + 100,
             "20260101T000000.000002-1-1": 0, "junk": 100000}
     for name, age in ages.items():
         path = server.spool / "tmp" / name

@@ -204,6 +204,24 @@ def test_what_waits_for_one_exchanger_shares_connections(world, narrow):
     assert narrow.logged("like the message before")
 
 
+def test_a_backup_keeps_no_mail_from_the_best(dns, exchangers, relay):
+    """What the best refuses goes to the backup, and the message after it to the best again."""
+    best, backup = exchangers(2)
+    dns.mail("example.net", (10, best), (20, backup))
+    server = relay("-j", "1", mx_port=best.port)
+    grey = [f"grey{number}@example.net" for number in range(3)]
+    best.stop()
+    backup.stop()
+    for number in range(9):
+        server.send(grey[number // 3] if number % 3 == 0 else f"b{number}@example.net", sender="", body=LETTER)
+    wait_for(lambda: len(server.logged("status=later")) >= 9)
+    best.set(replies={("RCPT", f"<{to}>"): "450 4.2.0 not yet" for to in grey})
+    best.start()
+    backup.start()
+    server.hangup_until(lambda: not server.queue(), what="an empty queue")
+    assert (len(best.messages), len(backup.messages)) == (6, 3)
+
+
 def test_a_connection_that_does_not_last_costs_nothing(world, narrow):
     """The exchanger hangs up after every message: each goes over a new connection, and is sent once."""
     world.exchanger.set(drop_after=".")
