@@ -59,6 +59,7 @@ enum {
     LISTENERS = 16,
     RESERVE = LISTENERS + 16,   /* descriptors that are no client's */
     WAITING_LIMIT = 1024,   /* ids that wait in memory for a forwarder */
+    SLOW = 5000,            /* ms that one waits there where a place answers slowly */
     FAILING_LANES = 64,     /* places known not to answer */
     FAILING_WAITING = 8,    /* ids that may wait for one of them */
     ACCEPTS = 64,           /* clients accepted before the others are served again */
@@ -344,8 +345,8 @@ static void start_closing(struct session *s)
 /* ==== Children =========================================================== */
 
 enum role {
-    STORES,         /* a worker that stores a message; no slot */
-    FORWARDS,       /* a worker that holds one of the -j slots */
+    STORES,         /* a worker that has no slot: it stores a message, or has just been born */
+    FORWARDS,       /* a worker that holds one of the -j slots, and stores its message first if that is new */
     WAITS,          /* a worker that has done what it had to do */
     FINDS,          /* the queue runner */
     SERVES          /* took over a full table of sessions */
@@ -408,19 +409,21 @@ static void forget_all(void)
     close_fd(&leave_pipe[1]);
 }
 
-/* Gives signals their common meaning again, for a child.  SIGHUP and SIGUSR1
- * stay blocked: they are for the runner, which opens itself to them in time. */
+/* Gives signals their common meaning again, for a child, and blocks those that it
+ * opens itself to in time: SIGHUP and SIGUSR1 are for the runner, and a worker may
+ * have a client's message waiting for it. */
 static void default_signals(void)
 {
-    static const int caught[] = { SIGTERM, SIGINT, SIGCHLD, SIGHUP, SIGUSR1, SIGALRM };
+    static const int held[] = { SIGTERM, SIGINT, SIGHUP, SIGUSR1 };
+    static const int caught[] = { SIGTERM, SIGINT, SIGHUP, SIGUSR1, SIGCHLD, SIGALRM };
     sigset_t blocked;
 
+    sigemptyset(&blocked);
+    for (size_t i = 0; i < sizeof held / sizeof held[0]; i++)
+        sigaddset(&blocked, held[i]);
+    sigprocmask(SIG_SETMASK, &blocked, NULL);
     for (size_t i = 0; i < sizeof caught / sizeof caught[0]; i++)
         signal(caught[i], SIG_DFL);
-    sigemptyset(&blocked);
-    sigaddset(&blocked, SIGHUP);
-    sigaddset(&blocked, SIGUSR1);
-    sigprocmask(SIG_SETMASK, &blocked, NULL);
 }
 
 /* fork(), and the child entered in the books.  -1 when the machine has no
@@ -526,10 +529,21 @@ static struct child *start_worker(void)
     return &children[child_count - 1];
 }
 
-/* Gives an order to a worker.  Returns its channel, -1 if there is none. */
+/* Tells a worker what to do.  False: it cannot be told, and is let go. */
+static bool command(struct child *worker, const struct order *order)
+{
+    if (write(worker->channel, order, sizeof *order) == (ssize_t)sizeof *order)
+        return true;
+    logmsg("process %ld takes no order (%s)", (long)worker->pid, strerror(errno));
+    let_go(worker);
+    return false;
+}
+
+/* Gives an order to a worker: one that waits, or a new one.  Returns the channel
+ * over which it answers, -1 if there is none. */
 static int employ(enum task task, const char *id, uint32_t lane, bool more)
 {
-    struct child *worker = NULL;
+    struct child *worker;
     struct order order;
     int channel;
 
@@ -538,17 +552,10 @@ static int employ(enum task task, const char *id, uint32_t lane, bool more)
     order.lane = lane;
     order.more = more;
     strcpy(order.id, id);
-    while (worker == NULL) {
-        worker = find_waiting(lane);
-        if (worker == NULL)
-            worker = start_worker();
-        if (worker == NULL)
-            return -1;
-        if (write(worker->channel, &order, sizeof order) != (ssize_t)sizeof order) {
-            let_go(worker);         /* it has died just now */
-            worker = NULL;
-        }
-    }
+    while ((worker = find_waiting(lane)) != NULL && !command(worker, &order))
+        ;                       /* it has died just now */
+    if (worker == NULL && ((worker = start_worker()) == NULL || !command(worker, &order)))
+        return -1;
     worker->role = task == STORE ? STORES : FORWARDS;
     worker->lane = lane;
     worker->storing = task != FORWARD;
@@ -580,14 +587,16 @@ static void end_overdue(void)
 
 /*
  * A message that needs a forwarder and has none waits here, or only in queue/,
- * where the runner finds it again.  Three rules keep one place that does not
- * answer from holding up the others: a quarter of the slots is for fresh mail;
- * no lane has more than half of the slots; and a lane in which nobody was
- * reachable has few slots, and few that wait, until somebody is.
+ * where the runner finds it again.  Four rules keep one place that answers slowly,
+ * or not at all, from holding up the others: a quarter of the slots is for fresh
+ * mail; no lane has more than half of the slots; a slow one has no more than half
+ * of the places here, so that others are seen behind it; and one in which nobody
+ * was reachable has few slots, and few that wait, until somebody is.
  */
 struct due {
     char id[ID_SIZE];
     uint32_t lane;
+    int64_t since;          /* by clock_ms() */
 };
 
 static struct due waiting[WAITING_LIMIT];
@@ -634,21 +643,27 @@ static bool lane_free(uint32_t lane)
     return count_forwarders(&lane) < share;
 }
 
-/* Lets an id wait.  One that does not fit is found again by the runner. */
-static void add_waiting(const char *id, uint32_t lane)
+/* Lets an id wait, `since` when it has.  One that may not is found again by the runner. */
+static void add_waiting(const char *id, uint32_t lane, int64_t since)
 {
+    int64_t first = since;
     size_t same = 0;
 
     for (size_t i = 0; i < waiting_count; i++) {
         if (strcmp(waiting[i].id, id) == 0)
             return;
-        same += waiting[i].lane == lane;
+        if (waiting[i].lane == lane && same++ == 0)
+            first = waiting[i].since;
     }
-    overflowed = overflowed || waiting_count == WAITING_LIMIT;
-    if (waiting_count == WAITING_LIMIT || (same >= FAILING_WAITING && is_failing(lane)))
+    if (same >= FAILING_WAITING && is_failing(lane))
         return;
+    if (same >= WAITING_LIMIT / 2 && lane != 0 && clock_ms() - first >= SLOW) {
+        overflowed = true;
+        return;
+    }
     strcpy(waiting[waiting_count].id, id);
-    waiting[waiting_count++].lane = lane;
+    waiting[waiting_count].lane = lane;
+    waiting[waiting_count++].since = since;
 }
 
 /* Remembers whether a lane's last forwarder reached anybody. */
@@ -670,7 +685,7 @@ static void judge_lane(uint32_t lane, bool reached)
         for (i = waiting_count = 0; i < waiting_before; i++) {
             struct due due = waiting[i];
 
-            add_waiting(due.id, due.lane);      /* the same list, fewer of this lane */
+            add_waiting(due.id, due.lane, due.since);   /* the same list, fewer of this lane */
         }
     }
 }
@@ -685,13 +700,42 @@ static bool more_wait(size_t i)
     return k < waiting_count;
 }
 
-/* Starts forwarders for those that wait, in their order, while slots are free. */
-static void forward_waiting(void)
+/* What has come through the due pipe, and has had no room to wait in. */
+static char due_lines[64 * DUE_SIZE];
+static size_t due_size;
+
+static void read_due(void)
 {
-    size_t left = 0;
+    ssize_t n = read(due_pipe[0], due_lines + due_size, sizeof due_lines - due_size);
+
+    due_size += n > 0 ? (size_t)n : 0;
+}
+
+static void take_lines(void)
+{
+    char *at = due_lines, *end, *space;
+
+    for (; waiting_count < WAITING_LIMIT && (end = memchr(at, '\n', due_size - (size_t)(at - due_lines))) != NULL;
+         at = end + 1) {
+        *end = '\0';
+        space = strchr(at, ' ');
+        if (space != NULL && space - at < ID_SIZE) {
+            *space = '\0';
+            add_waiting(at, (uint32_t)strtoul(space + 1, NULL, 16), clock_ms());
+        }
+    }
+    due_size -= (size_t)(at - due_lines);
+    memmove(due_lines, at, due_size);
+}
+
+/* Starts forwarders for those that wait, in their order, while slots are free.
+ * False: it could start none. */
+static bool start_forwarders(void)
+{
+    size_t left = 0, before = waiting_count;
     long slots = slots_left(false);
 
-    for (size_t i = 0; i < waiting_count; i++) {
+    for (size_t i = 0; i < before; i++) {
         int channel = -1;
 
         if (slots > 0 && lane_free(waiting[i].lane)
@@ -703,36 +747,20 @@ static void forward_waiting(void)
             slots--;
     }
     waiting_count = left;
-    if (overflowed && left == 0) {
+    return left < before;
+}
+
+/* Forwards what is due, as far as there are slots. */
+static void forward_waiting(void)
+{
+    do
+        take_lines();
+    while (start_forwarders());
+    if (overflowed && waiting_count == 0) {
         overflowed = false;
         if (find_child(FINDS) > 0)
             kill(find_child(FINDS), SIGUSR1);       /* look again, there may be more */
     }
-}
-
-/* Reads what has come through the due pipe. */
-static void take_due(void)
-{
-    static char lines[64 * DUE_SIZE];
-    static size_t size;
-    char *at = lines, *end;
-    ssize_t n = read(due_pipe[0], lines + size, sizeof lines - size);
-
-    if (n <= 0)
-        return;
-    size += (size_t)n;
-    for (; (end = memchr(at, '\n', size - (size_t)(at - lines))) != NULL; at = end + 1) {
-        char *space;
-
-        *end = '\0';
-        space = strchr(at, ' ');
-        if (space != NULL && space - at < ID_SIZE) {
-            *space = '\0';
-            add_waiting(at, (uint32_t)strtoul(space + 1, NULL, 16));
-        }
-    }
-    size -= (size_t)(at - lines);
-    memmove(lines, at, size);
 }
 
 /* ==== Addresses ========================================================== */
@@ -941,7 +969,7 @@ static size_t count_connections(const union address *peer)
     for (size_t i = 0; i < session_count; i++) {
         const struct guest g = make_guest(&sessions[i]->peer, 0);
 
-        count += memcmp(g.address, wanted.address, sizeof g.address) == 0;
+        count += sessions[i]->phase != PROXIED && memcmp(g.address, wanted.address, sizeof g.address) == 0;
     }
     for (size_t i = 0; i < guest_count; i++)
         if (memcmp(guests[i].address, wanted.address, sizeof wanted.address) == 0)
@@ -1437,11 +1465,11 @@ static void hand_over(struct session *s)
 static void store_messages(void)
 {
     static size_t turn;
-    size_t storing = 0;
+    size_t storing = 0, i;
 
-    for (size_t i = 0; i < child_count; i++)
+    for (i = 0; i < child_count; i++)
         storing += children[i].storing;
-    for (size_t i = 0; i < session_count && unassigned > 0 && storing < STORING_AT_ONCE; i++) {
+    for (i = 0; i < session_count && unassigned > 0 && storing < STORING_AT_ONCE; i++) {
         struct session *s = sessions[turn++ % session_count];
 
         if (s->phase == STORING && s->channel < 0) {
@@ -1449,6 +1477,8 @@ static void store_messages(void)
             storing += s->phase == STORING;
         }
     }
+    if (i == session_count)
+        unassigned = 0;         /* also those of clients that were lost for want of memory */
 }
 
 /* The final dot: a worker takes the message over, at once as a rule. */
@@ -1665,7 +1695,7 @@ static void hear(struct session *s)
 }
 
 /* Serves a session for which something has happened. */
-static void serve_session(struct session *s, const fd_set *readable, const fd_set *writable)
+static void serve_session(struct session *s, fd_set *readable, fd_set *writable)
 {
     bool ready = FD_ISSET(s->fd, readable) || FD_ISSET(s->fd, writable);
     int64_t now = clock_ms();
@@ -1824,7 +1854,8 @@ static void divide(void)
         for (size_t i = 0; i < session_count; i++) {
             const struct guest g = make_guest(&sessions[i]->peer, pid);
 
-            add_guest(&g);
+            if (sessions[i]->phase != PROXIED)
+                add_guest(&g);
         }
         forget_sessions();
         unassigned = 0;
@@ -1863,12 +1894,16 @@ static void accept_clients(int listener)
         }
         if (fd < 0)
             return;
+        if (size == 0) {            /* macOS: it has gone again, and nobody knows who it was */
+            close(fd);
+            continue;
+        }
         welcome(fd, peer);
     }
 }
 
 /* Does all that the sets say can be done without waiting. */
-static void serve(const fd_set *readable, const fd_set *writable)
+static void serve(fd_set *readable, fd_set *writable)
 {
     size_t known = session_count;   /* who comes in below is not in the sets */
 
@@ -1878,7 +1913,7 @@ static void serve(const fd_set *readable, const fd_set *writable)
         if (children[i].channel >= 0 && FD_ISSET(children[i].channel, readable))
             hear_worker(i);
     if (!divided && FD_ISSET(due_pipe[0], readable))
-        take_due();
+        read_due();
     if (!divided && FD_ISSET(leave_pipe[0], readable))
         take_leaves();
     for (size_t i = 0; i < listener_count; i++)

@@ -66,6 +66,15 @@ def test_one_client_of_the_proxy_has_not_the_connections_of_all(behind):
     assert behind(header("192.0.2.3")).reply().startswith(GREETING)
 
 
+def test_connections_of_the_proxy_that_say_nothing_yet_are_nobodys(behind):
+    silent = [behind(), behind()]
+    assert behind(header("127.0.0.1")).reply().startswith(GREETING)
+    silent[0].send(header("127.0.0.1"))
+    assert silent[0].reply().startswith(GREETING)
+    silent[1].send(header("127.0.0.1"))
+    assert silent[1].reply().startswith("421 4.7.0 ")
+
+
 def test_a_header_may_come_in_pieces_and_commands_behind_it(behind):
     stream = header("192.0.2.1", extra=b"\x04\0\1x") + b"NOOP\r\n"
     client = behind(*(stream[i:i + 1] for i in range(len(stream))))

@@ -505,6 +505,29 @@ def test_dead_exchanger_does_not_hold_up_a_live_one(house, die, forwarders):
     assert received_by(world.org) == {f"<b{n}@example.org>": 1 for n in range(300)}
 
 
+def test_slow_exchanger_does_not_fill_all_the_places(house):
+    """Its mail is more than can wait for it in memory; what comes behind is seen all the same."""
+    world = house("-j", "4")
+    world.relay.stop()
+    world.org.set(replies={"MAIL": lambda connection: time.sleep(2)})
+    for n in range(1500):
+        put(world.relay, f"b{n}@example.org")
+    many = [put(world.relay, f"b{n}@example.net") for n in range(30)]
+    world.relay.start()
+    wait_for(lambda: not any(path.exists() for path in many), 60, what="the mail for the other domain")
+    assert len(world.org.messages) < 200
+
+
+def test_lane_is_judged_by_the_domain_that_gives_it(house, strace):
+    """A message for a dead place and a live one does not make the dead one live."""
+    world = house()
+    world.org.stop()
+    with strace(world.relay.pid, "trace=write") as trace:
+        for first, second, result in [("org", "net", 75), ("net", "org", 0)]:
+            world.relay.send(f"a@example.{first}", f"a@example.{second}", sender="")
+            wait_for(lambda: re.search(rf'"{result}\\n", {len(str(result)) + 1}\)', trace()))
+
+
 def memory(*pids):
     """Octets in use by each process."""
     return [int(subprocess.run(["ps", "-o", "rss=", "-p", str(pid)], capture_output=True, check=True).stdout) * 1024

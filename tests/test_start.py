@@ -604,6 +604,18 @@ def test_accept_that_fails(relay, strace, error, rests):
     assert took > 0.9 or not rests
 
 
+@pytest.mark.skipif("SANITIZED" in os.environ, reason="strace and sanitizers do not go together")
+def test_a_client_that_nobody_knows_has_no_session(relay, strace):
+    """Some systems accept a client that has gone again, and say nothing of its address (xnu's accept())."""
+    server = relay()
+    with strace(server.pid, "trace=/^accept", "inject=/^accept:poke_exit=@arg3=00000000:when=1") as trace:
+        with server.client(greeting=False) as client:
+            assert client.eof()
+        assert "INJECTED" in trace()
+        with server.client() as client:
+            assert client.say("NOOP") == "250 2.0.0 Ok"
+
+
 def test_more_clients_than_an_fd_set_holds(world, relay, tmp_path, many_descriptors):
     """1,200 of them, each with a draft open besides, and every kind of place in the
     tables is tried."""
