@@ -344,6 +344,7 @@ def test_report_is_made_once_though_the_relay_ends(house, strace):
         wait_for(lambda: any("-0-" in path.name for path in world.relay.queue()), what="the report")
         os.killpg(world.relay.pid, signal.SIGTERM)
         world.relay.process.wait(20)
+        world.relay.wait_for_log("status=failed")       # by who is left
     world.relay.stop()
     world.relay.start()
     world.relay.hangup_until(lambda: world.org.messages)
