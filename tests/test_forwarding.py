@@ -432,6 +432,7 @@ def test_yes_after_no(world):
 def test_refusal_of_who_stops_reading(world, relay, tmp_path):
     """Its words are read though it keeps the connection."""
     def refuse(connection):
+        connection.receive()
         connection.sock.sendall(b"552 5.3.4 too much\r\n")
         wait_for(lambda: server.logged("status=") or connection.closed)
 
