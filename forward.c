@@ -1015,16 +1015,6 @@ static bool is_self(const union address *a, unsigned port)
     return false;
 }
 
-/* Is it this server by its name?  What addresses others reach it by, it need not
- * know. */
-static bool is_own_name(const char *name, unsigned port)
-{
-    for (size_t i = 0; i < settings.listening_count; i++)
-        if (address_port(&settings.listening[i]) == port && strcasecmp(name, settings.hostname) == 0)
-            return true;
-    return false;
-}
-
 /* Adds an address to the route.  False: it is our own, and the list ends here. */
 static bool add_address(struct route *route, const char *name, unsigned preference, union address a, unsigned port)
 {
@@ -1075,8 +1065,7 @@ static void add_exchangers(struct route *route, const struct dns_record *mx, siz
     for (size_t i = 0; i < 2 * count && !self; i++) {
         const struct dns_query *q = &queries[i];
 
-        self = is_own_name(mx[i / 2].name, port);
-        if (q->status == DNS_FAILED && !self)
+        if (q->status == DNS_FAILED)
             trouble = q->why;
         for (size_t k = 0; k < q->count && !self; k++)
             self = !add_address(route, q->name, mx[i / 2].preference, q->records[k].address, port);
@@ -1380,8 +1369,8 @@ static enum outcome say_hello(struct exchange *x)
         forget_extensions(x);
         strcpy(refusal, x->words);
         code = say(x, HELLO, "HELO %s\r\n", settings.hostname);
-        if (code == 0)
-            strcpy(x->words, refusal);      /* then it has hung up, and this is why */
+        if (code == 0 && strstr(x->words, "connection lost") != NULL)
+            strcpy(x->words, refusal);      /* this is why */
     }
     return judge(code);
 }

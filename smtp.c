@@ -182,6 +182,7 @@ struct session {
     bool lf;                /* that line ended in a bare LF: so do all */
     bool skipping;          /* inside a command line that is too long */
     bool extended;          /* EHLO, not HELO */
+    bool counted;           /* by the process that we divided from, for -c */
     bool check;             /* a proxy that only looks whether we live: it sends no mail */
     unsigned errors;        /* 5xx replies since the last completed transaction */
     int64_t deadline;       /* by clock_ms(): it has to say something before */
@@ -554,8 +555,10 @@ static int employ(enum task task, const char *id, uint32_t lane, bool more)
     strcpy(order.id, id);
     while ((worker = find_waiting(lane)) != NULL && !command(worker, &order))
         ;                       /* it has died just now */
-    if (worker == NULL && ((worker = start_worker()) == NULL || !command(worker, &order)))
+    if (worker == NULL && ((worker = start_worker()) == NULL || !command(worker, &order))) {
+        rest_until = clock_ms() + REST;
         return -1;
+    }
     worker->role = task == STORE ? STORES : FORWARDS;
     worker->lane = lane;
     worker->storing = task != FORWARD;
@@ -685,7 +688,7 @@ static void judge_lane(uint32_t lane, bool reached)
         for (i = waiting_count = 0; i < waiting_before; i++) {
             struct due due = waiting[i];
 
-            add_waiting(due.id, due.lane, due.since);   /* the same list, fewer of this lane */
+            add_waiting(due.id, due.lane, due.since);   /* the same list, fewer of this lane, and of slow ones */
         }
     }
 }
@@ -756,7 +759,7 @@ static void forward_waiting(void)
     do
         take_lines();
     while (start_forwarders());
-    if (overflowed && waiting_count == 0) {
+    if (overflowed && waiting_count < WAITING_LIMIT / 4) {
         overflowed = false;
         if (find_child(FINDS) > 0)
             kill(find_child(FINDS), SIGUSR1);       /* look again, there may be more */
@@ -1600,7 +1603,7 @@ static void fill(fd_set *readable, fd_set *writable, int *top, int64_t *until)
     overflowed = overflowed || waiting_count == WAITING_LIMIT;
     if (!divided) {
         FD_SET(leave_pipe[0], readable);
-        if (waiting_count < WAITING_LIMIT)
+        if (waiting_count < WAITING_LIMIT && !got_term)
             FD_SET(due_pipe[0], readable);
         *top = due_pipe[0] > leave_pipe[0] ? due_pipe[0] : leave_pipe[0];
     }
@@ -1847,14 +1850,17 @@ static void divide_workers(void)
  * keeps the pid and the listening sockets, begins with an empty table. */
 static void divide(void)
 {
-    pid_t pid = spawn(SERVES);
+    pid_t pid;
 
+    for (size_t i = 0; i < session_count; i++)
+        sessions[i]->counted = sessions[i]->phase != PROXIED;
+    pid = spawn(SERVES);
     if (pid > 0) {
         logmsg("table full: process %ld serves %lu clients on", (long)pid, (unsigned long)session_count);
         for (size_t i = 0; i < session_count; i++) {
             const struct guest g = make_guest(&sessions[i]->peer, pid);
 
-            if (sessions[i]->phase != PROXIED)
+            if (sessions[i]->counted)
                 add_guest(&g);
         }
         forget_sessions();
@@ -1974,7 +1980,7 @@ static void reap_sessions(void)
             sessions[left++] = s;
             continue;
         }
-        if (divided) {
+        if (divided && s->counted) {
             const struct guest g = make_guest(&s->peer, getpid());
 
             /* Where the pipe is full, it counts until this process ends. */

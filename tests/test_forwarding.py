@@ -753,8 +753,7 @@ def test_noise_at_every_stage(dns, exchangers, relay, stage):
     send(server, *(f"b@{mx.name}.net" for mx in many))
     found = [outcome(server, f"b@{mx.name}.net") for mx in many]
     assert [out.status for out in found] == ["sent" if stage == "QUIT" else "later"] * len(many)
-    words = {out.words.rpartition(" at ")[0] or out.words for out in found}
-    assert stage == "QUIT" or words == {"502 5.5.1 no" if stage == "HELO" else "4.4.2 no SMTP reply"}
+    assert stage == "QUIT" or {out.words.rpartition(" at ")[0] for out in found} == {"4.4.2 no SMTP reply"}
 
 
 @hostile
@@ -1109,25 +1108,11 @@ def test_its_own_address_where_a_socket_can_be_bound_to_any(own, wrapped):
         pytest.skip("no network of our own here")
     binary = wrapped(command=f"unshare -n sh -c '{prepare} && exec \"$0\" \"$@\"'")
     server = own("-w", "1", binary=binary, addresses=("0.0.0.0",))
+    server.stop()
     put(server, "b@[198.51.100.7]")
-    server.hangup()
+    server.start()
     found = outcome(server, "b@[198.51.100.7]")
     assert (found.relay, found.status) == ("[198.51.100.7]", "later")
-
-
-@pytest.mark.parametrize("place, status", [(5, "failed"), (20, "sent")])
-def test_its_own_name_in_the_list_is_enough(dns, own, here, place, status):
-    """RFC 5321 5.1: it need not be able to look up its own address, or know it for its own."""
-    other = Exchanger(loopback(), here[1], "other.example.net")
-    dns.mail("example.net", (10, other))
-    dns.mx("example.net", (10, other.name), (place, HOSTNAME.upper()))
-    dns.rcode(HOSTNAME, 2)
-    try:
-        server = own()
-        send(server, "b@example.net")
-        assert outcome(server, "b@example.net").status == status
-    finally:
-        other.stop()
 
 
 def test_only_to_who_is_better_than_itself(dns, own, here):
