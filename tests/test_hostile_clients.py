@@ -11,7 +11,7 @@ import threading
 
 import pytest
 
-from lab import HOSTNAME, WATCHED, Client, loopback, wait_for
+from lab import BINARY, HOSTNAME, WATCHED, Client, loopback, wait_for
 
 pytestmark = pytest.mark.usefixtures("unharmed")
 
@@ -322,6 +322,7 @@ def test_noops_by_the_hundred_thousand(world):
         assert deaf.say("NOOP") == OK
 
 
+@pytest.mark.skipif(BINARY.name == "valgrind", reason="ten million commands take valgrind minutes")
 def test_what_a_client_costs(world, relay, tmp_path):
     """At its worst: what one read takes, what is said to it, and its transaction."""
     server = relay("-c", 0, mx_port=world.exchanger.port, spool=tmp_path / "other")
