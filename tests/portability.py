@@ -313,8 +313,8 @@ def main():
                         help="this cell, or all that begin so; may be repeated")
     parser.add_argument("--quick", action="store_true", help="the few tests in every cell")
     parser.add_argument("--list", action="store_true", help="print the names of the cells, and exit")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(),
-                        help="how many cells at once (one for each processor)")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() + 1,
+                        help="how many cells at once (one more than processors: tests wait most of the time)")
     parser.add_argument("--no-install", action="store_true", help="take what is there")
     parser.add_argument("--write", action="store_true", help=f"renew the table of {PAGE.relative_to(ROOT)}")
     options = parser.parse_args()
