@@ -40,6 +40,7 @@ def run_on(fault, *arguments, patience=0):
     server = Broken(fault, sink.port)
     found = Verdicts(Target("127.0.0.1", server.port, "nour@example.org", "friend@example.net", sink, patience, wait=0,
                             stranger=lab.loopback()))
+    os.environ.pop("PYTEST_ADDOPTS", None)      # it is for the run that this one is part of
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         pytest.main(["-q", "--tb=short", "-p", "no:cacheprovider", "-p", "no:faulthandler",
                      "--rootdir", str(SUITE.parent), str(SUITE), *arguments], plugins=[found])
