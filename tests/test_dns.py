@@ -542,11 +542,10 @@ def test_ids_and_ports_cannot_be_guessed(dns, relay):
     expect_unpredictable(wait_for(lambda: len(dns.queries) >= 400 and dns.queries[:400], timeout=60))
 
 
-ASK_AND_FORK = r"""
+ASK = r"""
 #include "smtp.h"
 #include <unistd.h>
 
-/* Asks, so that there are random bits in store, and has 40 children ask. */
 int main(int argc, char **argv)
 {
     static struct dns_query query = { .name = "example.net", .type = DNS_A };
@@ -556,6 +555,12 @@ int main(int argc, char **argv)
 
     if (!endpoint_parse(argv[argc - 1], 53, host, &port) || !address_parse(host, port, &servers.server[0]))
         return 1;
+    %s
+}
+"""
+
+# Asks, so that there are random bits in store, and has 40 children ask.
+AND_FORK = """
     dns_ask(&servers, &query, 1, INT64_MAX);
     for (int child = 0; child < 40; child++)
         if (fork() == 0) {
@@ -564,7 +569,11 @@ int main(int argc, char **argv)
             _exit(0);
         }
     return 0;
-}
+"""
+
+BRIEFLY = """
+    dns_ask(&servers, &query, 1, clock_ms() + 100);
+    return query.status != DNS_FAILED;
 """
 
 
@@ -573,7 +582,7 @@ def test_no_process_is_given_the_numbers_of_another(dns, tmp_path, urandom):
     """What a parent has in store its children do not use, all the same ones.  Nor do they where
     there is no device for it, as in an empty chroot."""
     source = tmp_path / "fork.c"
-    source.write_text(ASK_AND_FORK)
+    source.write_text(ASK % AND_FORK)
     program = [build(tmp_path / "fork", "-I", ROOT, source, ROOT / "dns.c"), dns.address]
     if not urandom:
         without = ["strace", "-f", "-o", tmp_path / "trace", "-P", "/dev/urandom", "-e", "inject=/^open:error=ENOENT"]
@@ -585,28 +594,10 @@ def test_no_process_is_given_the_numbers_of_another(dns, tmp_path, urandom):
     expect_unpredictable(wait_for(lambda: len(dns.queries) >= 401 and dns.queries[1:401], timeout=60))
 
 
-ASK_BRIEFLY = r"""
-#include "smtp.h"
-
-int main(int argc, char **argv)
-{
-    static struct dns_query query = { .name = "example.net", .type = DNS_A };
-    struct nameservers servers = { .count = 1 };
-    char host[DNS_NAME_SIZE];
-    unsigned port;
-
-    if (!endpoint_parse(argv[argc - 1], 53, host, &port) || !address_parse(host, port, &servers.server[0]))
-        return 1;
-    dns_ask(&servers, &query, 1, clock_ms() + 100);
-    return query.status != DNS_FAILED;
-}
-"""
-
-
 def test_a_question_lasts_no_longer_than_its_asker_has_time(tmp_path):
     """As a rule silence takes 14 seconds."""
     source = tmp_path / "briefly.c"
-    source.write_text(ASK_BRIEFLY)
+    source.write_text(ASK % BRIEFLY)
     program = build(tmp_path / "briefly", "-I", ROOT, source, ROOT / "dns.c")
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as silent:
         silent.bind(("127.0.0.1", 0))
