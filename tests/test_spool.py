@@ -245,8 +245,7 @@ def test_what_is_there_already_is_never_written_to(waiting, strace):
         server.send("b@example.net", sender="")
         waiting.exchanger.stop()
         server.outcomes("b@example.net")
-        server.hangup()
-        server.outcomes("b@example.net", count=2)
+        server.hangup_until(lambda: len(server.logged(" to=<b@example.net>")) >= 2)
         seen = trace()
     flags = {directory: [set(found.split("|")) for found in re.findall(
         rf'"{directory}/\d{{8}}T[^"]*", (\S+?)[,)]', seen)] for directory in ("tmp", "queue")}
