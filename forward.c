@@ -1308,20 +1308,15 @@ static bool send_bytes(struct exchange *x, const char *bytes, size_t size, enum 
     while (size > 0) {
         ssize_t n = write(x->fd, bytes, size);
 
+        bool full = n < 0 && errno == EAGAIN;
+
         if (n > 0) {
             bytes += n;
             size -= (size_t)n;
-        } else if (errno == EAGAIN) {
-            if (!wait_ready(x->fd, true, step_deadline(step))) {
-                /* It may have said why. */
-                if (read_reply(x, QUIT) < 400)
-                    lose(x, "nothing taken in time", step);
-                return false;
-            }
-        } else if (errno != EINTR) {
-            /* It has hung up, but may have said why before. */
+        } else if (errno != EINTR && !(full && wait_ready(x->fd, true, step_deadline(step)))) {
+            /* It takes no more, but may have said why before. */
             if (read_reply(x, QUIT) < 400)
-                lose(x, "connection lost", step);
+                lose(x, full ? "nothing taken in time" : "connection lost", step);
             return false;
         }
     }
@@ -1427,7 +1422,8 @@ static bool send_message(struct exchange *x, const struct message *m)
 }
 
 /* Signals that would end this process politely wait while the exchanger may
- * have the message and the record does not say so. */
+ * have the message, or the sender's report is stored, and the record does not say
+ * so; and while a worker waits for an order. */
 static void hold_signals(bool hold)
 {
     sigset_t set;

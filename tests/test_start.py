@@ -508,6 +508,7 @@ def test_a_child_holds_nobodys_socket(world):
         wait_for(lambda: world.exchanger.connections and "MAIL FROM:<>" in str(world.exchanger.connections[0].commands))
         assert client.say("QUIT") == "221 2.0.0 OK"
         assert client.eof()
+
     def sockets():
         return [{name for name in descriptors(pid) if name.startswith("socket:")} for pid in children(world.relay.pid)]
     # The queue runner's, once it has begun, and the worker's: to the server and to the exchanger.
