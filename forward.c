@@ -85,8 +85,14 @@ enum {
     GROUP_LIMIT = 100,          /* recipients in one transaction: RFC 5321 4.5.3.1.8 */
     DOMAINS_AT_ONCE = 10,
     REPLY_LINES = 100,
-    KEPT = 200,                 /* ms that a connection waits for another message to its exchanger ... */
-    KEPT_MESSAGES = 100,        /* ... and messages it takes at most */
+    KEPT = 200,                 /* ms that a connection waits for another message to its exchanger */
+    BATCH = 100,                /* messages that one process tries, one after the other ... */
+    BATCH_TIME = 1000,          /* ... and ms after which it begins no other */
+    BATCH_GAP = 250,            /* ms between two batches that begin in one lane, so that they are worth it ... */
+    BATCH_WORTH = 25,           /* ... unless so many wait */
+    SLOW = 100,                 /* ms that a message takes on its way to a slow place ... */
+    SLOW_BATCH = 4,             /* ... for which a batch is so small, that there may be several */
+    WAITING_LIMIT = 4096,       /* ids that the runner knows at once */
     HEADER_LIMIT = 32768        /* octets of the original's header in a report */
 };
 
@@ -1169,6 +1175,11 @@ long try_limit(void)
     return settings.wait > 0 && settings.wait < TRY_LIMIT / TRY_STEPS ? TRY_STEPS * settings.wait : TRY_LIMIT;
 }
 
+long fresh_slots(void)
+{
+    return settings.forwarders < 4 ? 0 : settings.forwarders / 2;
+}
+
 static int64_t step_deadline(enum step step)
 {
     long seconds = steps[step].seconds;
@@ -1423,7 +1434,7 @@ static bool send_message(struct exchange *x, const struct message *m)
 
 /* Signals that would end this process politely wait while the exchanger may
  * have the message, or the sender's report is stored, and the record does not say
- * so; and while a worker waits for an order. */
+ * so. */
 static void hold_signals(bool hold)
 {
     sigset_t set;
@@ -1758,42 +1769,45 @@ static bool transact_all(struct exchange *x, struct message *m, struct recipient
     return true;
 }
 
-/* The way of the message before, which the next one to the same domain may take:
- * to the best of its exchangers that answer. */
-static struct route *kept;
-static bool keeping;        /* there are more to come where this message goes */
+/* What one message of a batch leaves to the next. */
+struct batch {
+    bool more;              /* there are others: the connection may serve them, too */
+    struct route *route;    /* with the connection to the best exchanger that answers, left open; or NULL */
+    char dead[PATH_LIMIT];  /* a domain that nobody could be reached for, or "" */
+    char relay[DNS_NAME_SIZE + ADDRESS_TEXT + 2], words[REPLY_SIZE];    /* ... and what was said of that */
+};
 
-static void drop_kept(void)
+static void drop_kept(struct batch *b)
 {
-    if (kept != NULL && kept->open != NULL)
-        let_go(kept->open);
-    free(kept);
-    kept = NULL;
+    if (b->route != NULL && b->route->open != NULL)
+        let_go(b->route->open);
+    free(b->route);
+    b->route = NULL;
 }
 
 /* Keeps the way that a message has taken, if its connection is open and no better
  * exchanger has been reached: what that one refused may have been this message alone. */
-static void keep(struct route *route)
+static void keep(struct batch *b, struct route *route)
 {
     bool best = route->open != NULL;
 
     for (struct exchange *x = route->x; best && x < route->x + route->count; x++)
         best = x->preference >= route->open->preference || x->greeted == 0;
-    kept = route;
+    b->route = route;
     if (!best)
-        drop_kept();
+        drop_kept(b);
 }
 
 /* The way to this domain that was kept, if it still goes.  Whatever happened to
  * the message before, the other exchangers on it have another chance. */
-static struct route *take_kept(const char *domain, const char *id)
+static struct route *take_kept(struct batch *b, const char *domain, const char *id)
 {
-    struct route *route = kept;
+    struct route *route = b->route;
 
     /* Who says something by now does not know what was asked, or is about to hang up. */
     if (route == NULL || clock_ms() > route->open->deadline || wait_ready(route->open->fd, false, 0)
         || (settings.smarthost == NULL && strcasecmp(route->domain, domain) != 0)) {
-        drop_kept();
+        drop_kept(b);
         return NULL;
     }
     for (struct exchange *x = route->x; x < route->x + route->count; x++)
@@ -1801,18 +1815,33 @@ static struct route *take_kept(const char *domain, const char *id)
             x->progress = UNTRIED;
     route->open->id = id;
     if (judge(say(route->open, RESET, "RSET\r\n")) != SENT) {
-        drop_kept();
+        drop_kept(b);
         return NULL;
     }
     logmsg("%s goes to %s, like the message before", id, route->open->label);
-    kept = NULL;
+    b->route = NULL;
     return route;
+}
+
+/* Nobody could be reached for this domain: the rest of the batch hears the same. */
+static void note_dead(struct batch *b, const char *domain, const struct recipient *r)
+{
+    size_t relay = strcspn(r->said, " ");
+
+    snprintf(b->dead, sizeof b->dead, "%s", settings.smarthost != NULL ? "*" : domain);
+    snprintf(b->relay, sizeof b->relay, "%.*s", (int)relay, r->said);
+    snprintf(b->words, sizeof b->words, "%s", r->said + relay + 1);
+}
+
+static bool is_dead(const struct batch *b, const char *domain)
+{
+    return b->dead[0] != '\0' && (settings.smarthost != NULL || strcasecmp(b->dead, domain) == 0);
 }
 
 /* The whole dialogue with an exchanger that has greeted us.  It is left open where
  * more messages are to come.  Who ends one that others have used, before he has taken
  * anything, may have had enough of that one: he is asked again over another. */
-static void talk(struct exchange *x, struct message *m, struct recipient **to, size_t count)
+static void talk(struct batch *b, struct exchange *x, struct message *m, struct recipient **to, size_t count)
 {
     enum outcome hello = x->ready ? SENT : say_hello(x);
     bool alive = x->code != 0, used = x->messages > 0, ended;
@@ -1826,7 +1855,8 @@ static void talk(struct exchange *x, struct message *m, struct recipient **to, s
         settle_all(to, count, FAILED, x->label, "5.6.3 8-bit content, and this exchanger offers no 8BITMIME");
     else
         alive = transact_all(x, m, to, count);
-    if (alive && x->ready && keeping && !m->part && !any_pending(to, count) && ++x->messages < KEPT_MESSAGES) {
+    x->messages++;
+    if (alive && x->ready && b->more && !m->part && !any_pending(to, count)) {
         x->deadline = clock_ms() + KEPT;
         return;
     }
@@ -1854,15 +1884,21 @@ static void blame_last(const struct route *route, unsigned preference, struct re
 
 /* Tries to bring the message to these recipients, who share a domain.  Returns
  * false if that failed for want of anybody who answers. */
-static bool deliver(struct message *m, struct recipient **to, size_t count)
+static bool deliver(struct batch *b, struct message *m, struct recipient **to, size_t count)
 {
-    struct route *route = take_kept(domain_of(to[0]->address), m->id);
+    const char *domain = domain_of(to[0]->address);
+    struct route *route;
     bool reached = false, refused = true;
     size_t i = 0;
 
+    if (is_dead(b, domain)) {
+        settle_all(to, count, LATER, b->relay, b->words);
+        return false;
+    }
+    route = take_kept(b, domain, m->id);
     if (route == NULL) {
         route = allocate(NULL, sizeof *route);
-        find_route(route, domain_of(to[0]->address));
+        find_route(route, domain);
     }
     if (route->outcome != SENT)
         settle_all(to, count, route->outcome, "-", route->words);
@@ -1876,7 +1912,7 @@ static bool deliver(struct message *m, struct recipient **to, size_t count)
 
         if (x != NULL) {
             reached = true;
-            talk(x, m, to, count);
+            talk(b, x, m, to, count);
             route->open = x->fd >= 0 ? x : NULL;
             continue;
         }
@@ -1890,7 +1926,9 @@ static bool deliver(struct message *m, struct recipient **to, size_t count)
             to[k]->pending = false;
         }
     reached = reached || route->outcome == FAILED || (route->count > 0 && refused);
-    keep(route);
+    if (!reached)
+        note_dead(b, domain, to[0]);
+    keep(b, route);
     return reached;
 }
 
@@ -2071,9 +2109,9 @@ static size_t make_parties(struct message *m, struct recipient **order, struct p
  * of its number, while its parent keeps octet 0: if the parent is killed, nobody
  * tries the message again before the child is done, too.  What failed is left to
  * the parent, who reports it before it is recorded. */
-static void try_party(struct message *m, const struct party *p, off_t number, pid_t parent, struct draft *failures)
+static void try_party(struct batch *b, struct message *m, const struct party *p, off_t number, pid_t parent,
+    struct draft *failures)
 {
-    bool reached;
     size_t size;
     char *text;
 
@@ -2081,23 +2119,24 @@ static void try_party(struct message *m, const struct party *p, off_t number, pi
     if (!lock_octets(m->fd, F_WRLCK, number, 1) || getppid() != parent)
         _exit(1);
     m->part = true;
-    reached = deliver(m, p->to, p->count);
+    deliver(b, m, p->to, p->count);
     expire(m, p->to, p->count);
     if (!write_outcomes(m, LATER))
         logmsg("%s outcomes cannot be recorded (%s)", m->id, strerror(errno));
     text = outcome_lines(m, FAILED, &size);
     draft_add(failures, text, size);
     free(text);
-    _exit(reached ? FORWARD_DONE : FORWARD_UNREACHABLE);
+    _exit(0);
 }
 
 /* Returns its child, or -1: there is no process for it. */
-static pid_t start_party(struct message *m, const struct party *p, off_t number, struct draft *failures)
+static pid_t start_party(struct batch *b, struct message *m, const struct party *p, off_t number,
+    struct draft *failures)
 {
     pid_t parent = getpid(), pid = fork();
 
     if (pid == 0)
-        try_party(m, p, number, parent, failures);
+        try_party(b, m, p, number, parent, failures);
     return pid;
 }
 
@@ -2118,39 +2157,31 @@ static void read_results(struct message *m, const struct draft *failures)
         m->recipients[i].unrecorded = m->recipients[i].pending && m->recipients[i].outcome == FAILED;
 }
 
-/* Several domains, some side by side, so that a dead one delays no other.  Returns
- * false if the first, whose lane it is, could not be reached. */
-static bool deliver_parties(struct message *m, const struct party *parties, size_t count)
+/* Several domains, some side by side, so that a dead one delays no other. */
+static void deliver_parties(struct batch *b, struct message *m, const struct party *parties, size_t count)
 {
     struct draft failures;
     size_t begun = 0, running = 0;
-    pid_t pid, first = -1;
-    bool reached = true;
-    int status;
 
-    drop_kept();            /* it is not the children's */
+    drop_kept(b);           /* it is not the children's */
     if (!draft_open(&failures, 0))
-        return true;
+        return;
     lock_octets(m->fd, F_UNLCK, 1, 0);      /* the others' octets are free for their children */
     while (begun < count || running > 0) {
         if (begun < count && running < DOMAINS_AT_ONCE
-            && (pid = start_party(m, &parties[begun], (off_t)begun + 1, &failures)) > 0) {
-            first = begun == 0 ? pid : first;
+            && start_party(b, m, &parties[begun], (off_t)begun + 1, &failures) > 0) {
             begun++;
             running++;
         } else if (running == 0) {
             logmsg("%s has no process for %lu of its domains (%s): they wait", m->id, (unsigned long)(count - begun),
                 strerror(errno));
             break;
-        } else if ((pid = wait(&status)) > 0) {
+        } else if (wait(NULL) > 0) {
             running--;
-            if (pid == first)
-                reached = !WIFEXITED(status) || WEXITSTATUS(status) != FORWARD_UNREACHABLE;
         }
     }
     read_results(m, &failures);
     draft_drop(&failures);
-    return reached;
 }
 
 /* After a try: reports, records, and removes or reschedules the message. */
@@ -2178,13 +2209,12 @@ static void conclude(struct message *m, struct draft *report)
         remove_message(m);
 }
 
-/* One try of one message, which is locked.  Returns whether anybody was reached. */
-static bool try_message(struct message *m, struct draft *report)
+/* One try of one message, which is locked. */
+static void try_message(struct batch *b, struct message *m, struct draft *report)
 {
     struct recipient **order = allocate(NULL, m->count * sizeof *order);
     struct party *parties = allocate(NULL, m->count * sizeof *parties);
     size_t count;
-    bool reached = true;
 
     if (is_torn(m->fd) && ftruncate(m->fd, m->whole) != 0)
         logmsg("%s has half a line that cannot be cut away (%s)", m->id, strerror(errno));
@@ -2193,68 +2223,72 @@ static bool try_message(struct message *m, struct draft *report)
     set_due(m);
     count = make_parties(m, order, parties);
     if (count == 1) {
-        reached = deliver(m, parties[0].to, parties[0].count);
+        deliver(b, m, parties[0].to, parties[0].count);
         expire(m, parties[0].to, parties[0].count);
     } else if (count > 1) {
-        reached = deliver_parties(m, parties, count);
+        deliver_parties(b, m, parties, count);
     }
     if (!m->gone)
         conclude(m, report);
     free(order);
     free(parties);
-    return reached;
 }
 
 /* Tries a message, which it takes over, and the report on it if there has to be
  * one. */
-static enum result forward(struct message *m)
+static void forward(struct batch *b, struct message *m)
 {
     struct draft report = { .fd = -1 };
-    bool reached;
 
     try_end = clock_ms() + (int64_t)try_limit() * 1000;
     alarm((unsigned)(2 * try_limit()));     /* the kernel keeps to it, even if the server is no more */
-    reached = try_message(m, &report);
+    try_message(b, m, &report);
     message_free(m);
     if (report.fd >= 0) {
+        struct batch alone = { .more = false };
+
         if (message_read(m, report.fd, report.id))
-            try_message(m, &report);
+            try_message(&alone, m, &report);
         message_free(m);
+        drop_kept(&alone);
     }
     alarm(0);
-    return reached ? FORWARD_DONE : FORWARD_UNREACHABLE;
 }
 
-/* Offers an id to the server.  False: the pipe is full, or nobody reads it. */
-static bool offer(int due_fd, const char *id, uint32_t lane)
+bool draft_store(struct draft *d, int answer)
+{
+    char reply[REPLY_SIZE];
+    bool stored = store(d);
+    int n = snprintf(reply, sizeof reply, stored ? "250 2.0.0 Ok: queued as %s\n" : "%s\n",
+        stored ? d->id : draft_refusal(d->error));
+
+    /* It is ours, even if the client does not hear it. */
+    if (write(answer, reply, (size_t)n) < 0)
+        logmsg("%s nobody waits for: %.*s", d->id, n - 1, reply);
+    return stored;
+}
+
+void draft_forward(struct draft *d)
+{
+    struct batch alone = { .more = false };
+    struct message m;
+
+    if (message_read(&m, d->fd, d->id))
+        forward(&alone, &m);
+    else
+        logmsg("%s is not a message of ours: left alone", d->id);
+    drop_kept(&alone);
+    _exit(0);
+}
+
+void draft_offer(struct draft *d, uint32_t lane, int due_fd)
 {
     char line[DUE_SIZE + 1];
-    int n = snprintf(line, sizeof line, DUE_FORMAT, id, (unsigned long)lane);
+    int n = snprintf(line, sizeof line, DUE_FORMAT, d->id, (unsigned long)lane);
 
-    return write(due_fd, line, (size_t)n) == n;
-}
-
-/* Makes a draft that the server has filled a message, and says so: the reply is
- * for the client.  Returns its descriptor, or -1. */
-static int take_over(int channel, const char *id)
-{
-    struct draft d = { .fd = open_message("tmp", id, O_RDWR | O_APPEND) };
-    char reply[REPLY_SIZE];
-    bool stored;
-    int n;
-
-    /* The spool was taken away, and made again by the server, since we entered it. */
-    if (d.fd < 0 && errno == ENOENT && chdir(settings.spool) == 0)
-        d.fd = open_message("tmp", id, O_RDWR | O_APPEND);
-    d.error = d.fd < 0 ? errno : 0;
-    snprintf(d.id, sizeof d.id, "%s", id);
-    stored = store(&d);
-    n = snprintf(reply, sizeof reply, stored ? "250 2.0.0 Ok: queued as %s\n" : "%s\n",
-        stored ? d.id : draft_refusal(d.error));
-    /* It is ours, even if the client does not hear it. */
-    if (write(channel, reply, (size_t)n) < 0)
-        logmsg("%s nobody waits for: %.*s", d.id, n - 1, reply);
-    return d.fd;
+    close(d->fd);           /* who takes it needs the lock */
+    if (write(due_fd, line, (size_t)n) != n)
+        return;             /* the pipe is full: the runner will find it in the queue */
 }
 
 /* When is this file due?  0: it is none of ours. */
@@ -2294,48 +2328,6 @@ static int take_due(const char *id)
     return -1;
 }
 
-static enum result carry_out(int channel, int due_fd, const struct order *order)
-{
-    int fd = order->task == FORWARD ? take_due(order->id) : take_over(channel, order->id);
-    struct message m;
-
-    hold_signals(false);
-    if (fd < 0)
-        return FORWARD_NOT_TRIED;
-    if (order->task == STORE) {
-        close(fd);              /* who takes the offer needs the lock */
-        offer(due_fd, order->id, order->lane);
-        return FORWARD_NOT_TRIED;
-    }
-    if (message_read(&m, fd, order->id))
-        return forward(&m);
-    logmsg("%s is not a message of ours: left alone", order->id);
-    message_free(&m);
-    return FORWARD_NOT_TRIED;
-}
-
-void work(int channel, int due_fd)
-{
-    enum result result = FORWARD_NOT_TRIED;
-    struct order order;
-
-    for (;;) {
-        char line[16];
-
-        hold_signals(true);     /* the order may be a client's, who waits for its reply */
-        if (kept != NULL && !wait_ready(channel, false, kept->open->deadline))
-            drop_kept();
-        if (read(channel, &order, sizeof order) != (ssize_t)sizeof order)
-            break;
-        keeping = order.more;
-        result = carry_out(channel, due_fd, &order);
-        if (write(channel, line, (size_t)snprintf(line, sizeof line, "%d\n", result)) < 0)
-            break;              /* the server has let us go */
-    }
-    drop_kept();
-    _exit((int)result);
-}
-
 /* ==== The queue ========================================================== */
 
 static volatile sig_atomic_t all_due;
@@ -2346,6 +2338,279 @@ static void on_wake(int number)
         all_due = 1;
 }
 
+/*
+ * What is due, as far as the runner knows: sorted by id, so the oldest first.  An id
+ * stays here while a batch tries it, so that it is not taken up twice.
+ */
+struct due {
+    char id[ID_SIZE];
+    uint32_t lane;
+    unsigned batch;         /* 1 and up: whose it is; 0: it waits */
+    bool fresh;             /* it has never been tried */
+};
+
+static struct due waiting[WAITING_LIMIT];
+static size_t waiting_count;
+static bool overflowed;     /* more is in queue/ than is known here */
+
+/* What waits, by lane.  One lane has more than one batch only where much waits. */
+struct lane {
+    uint32_t lane;
+    size_t waiting, fresh;  /* ids that no batch has; and how many of them were never tried */
+    long batches;
+    bool slow;              /* the last batch took long over its messages */
+    int64_t next;           /* by clock_ms(): no batch begins before, unless there is enough for it */
+};
+
+static struct lane lanes[WAITING_LIMIT + 10000];
+static size_t lane_count;
+
+/* The processes that try them. */
+static struct batch_child {
+    pid_t pid;              /* 0: none */
+    uint32_t lane;
+    int64_t begun;          /* by clock_ms() */
+} *batches;
+static unsigned batch_limit;
+
+static struct lane *find_lane(uint32_t lane)
+{
+    size_t i = 0;
+
+    while (i < lane_count && lanes[i].lane != lane)
+        i++;
+    if (i == lane_count) {
+        static const struct lane none;
+
+        lanes[lane_count] = none;
+        lanes[lane_count++].lane = lane;
+    }
+    return &lanes[i];
+}
+
+/* Where this id stands, or would. */
+static size_t find_due(const char *id)
+{
+    size_t low = 0, high = waiting_count;
+
+    while (low < high) {
+        size_t middle = (low + high) / 2;
+
+        if (strcmp(waiting[middle].id, id) < 0)
+            low = middle + 1;
+        else
+            high = middle;
+    }
+    return low;
+}
+
+/* 0 where it is not known, else whose it is, and one more. */
+static unsigned is_known(const char *id)
+{
+    size_t i = find_due(id);
+
+    return i < waiting_count && strcmp(waiting[i].id, id) == 0 ? waiting[i].batch + 1 : 0;
+}
+
+/* Lets an id wait.  No lane has more than half of the places: behind it, others are
+ * seen. */
+static void add_due(const char *id, uint32_t lane, bool fresh)
+{
+    size_t i = find_due(id);
+    struct lane *l;
+
+    if (i < waiting_count && strcmp(waiting[i].id, id) == 0)
+        return;
+    l = find_lane(lane);
+    if (waiting_count == WAITING_LIMIT || l->waiting >= WAITING_LIMIT / 2) {
+        overflowed = true;
+        return;
+    }
+    memmove(&waiting[i + 1], &waiting[i], (waiting_count++ - i) * sizeof waiting[0]);
+    strcpy(waiting[i].id, id);
+    waiting[i].lane = lane;
+    waiting[i].batch = 0;
+    waiting[i].fresh = fresh;
+    l->waiting++;
+    l->fresh += fresh;
+}
+
+/* A batch is over; it has tried so many of its messages, and the others wait again. */
+static void end_batch(unsigned batch, size_t tried)
+{
+    struct lane *l = find_lane(batches[batch - 1].lane);
+    size_t left = 0;
+
+    l->slow = clock_ms() - batches[batch - 1].begun > SLOW * (int64_t)(tried + 1);
+    for (size_t i = 0; i < waiting_count; i++) {
+        if (waiting[i].batch == batch && tried > 0) {
+            tried--;
+            continue;
+        }
+        if (waiting[i].batch == batch) {
+            waiting[i].batch = 0;
+            l->waiting++;
+            l->fresh += waiting[i].fresh;
+        }
+        if (left < i)
+            waiting[left] = waiting[i];
+        left++;
+    }
+    waiting_count = left;
+    l->batches--;
+    batches[batch - 1].pid = 0;
+}
+
+/* Tries what a batch has, one after the other. */
+static void try_batch(unsigned batch, pid_t runner)
+{
+    struct batch b = { .more = true };
+    int64_t end = clock_ms() + BATCH_TIME;
+    size_t last = waiting_count, tried = 0;
+
+    while (waiting[last - 1].batch != batch)
+        last--;
+    for (size_t i = 0; i < last && clock_ms() < end && getppid() == runner; i++) {
+        struct message m;
+        int fd;
+
+        if (waiting[i].batch != batch)
+            continue;
+        tried++;
+        fd = take_due(waiting[i].id);
+        b.more = i + 1 < last;
+        if (fd < 0)
+            continue;
+        if (message_read(&m, fd, waiting[i].id)) {
+            forward(&b, &m);
+        } else {
+            logmsg("%s is not a message of ours: left alone", waiting[i].id);
+            message_free(&m);
+        }
+    }
+    drop_kept(&b);
+    _exit((int)tried);
+}
+
+/* May this lane have one more batch? */
+static bool lane_free(const struct lane *l, int64_t now)
+{
+    long most = settings.forwarders / 4 > 1 ? settings.forwarders / 4 : 1, wanted = 1 + (long)(l->waiting / (l->slow ? SLOW_BATCH : BATCH));
+
+    return l->waiting > 0 && (l->waiting >= BATCH_WORTH || l->slow || now >= l->next) && l->batches < (wanted < most ? wanted : most);
+}
+
+/* Starts a batch in this lane.  False: there is no process for it. */
+static bool start_batch(struct lane *l, int due_fd)
+{
+    unsigned batch = 1;
+    size_t count = 0, most = l->slow ? SLOW_BATCH : BATCH;
+    pid_t runner = getpid(), pid;
+
+    while (batches[batch - 1].pid != 0)
+        batch++;
+    for (size_t i = 0; i < waiting_count && count < most; i++)
+        if (waiting[i].batch == 0 && waiting[i].lane == l->lane) {
+            waiting[i].batch = batch;
+            count++;
+            l->waiting--;
+            l->fresh -= waiting[i].fresh;
+        }
+    batches[batch - 1].lane = l->lane;
+    l->batches++;
+    batches[batch - 1].begun = clock_ms();
+    l->next = batches[batch - 1].begun + (l->slow ? 0 : BATCH_GAP);
+    pid = fork();
+    if (pid == 0) {
+        signal(SIGCHLD, SIG_DFL);
+        close(due_fd);
+        try_batch(batch, runner);
+    }
+    batches[batch - 1].pid = pid;
+    if (pid < 0) {
+        logmsg("no process can be made (%s): resting for a second", strerror(errno));
+        end_batch(batch, 0);
+    }
+    return pid > 0;
+}
+
+/* Starts batches as far as there are slots: mail that was never tried goes first, and
+ * has a quarter of them to itself. */
+static bool start_batches(int due_fd, int64_t *until)
+{
+    static size_t turn;
+    size_t left = 0, last = 0;
+    unsigned running = 0;
+    int64_t now = clock_ms();
+
+    for (unsigned i = 0; i < batch_limit; i++)
+        running += batches[i].pid != 0;
+    for (size_t i = 0; i < lane_count; i++)     /* those that are done with go */
+        if (lanes[i].waiting > 0 || lanes[i].batches > 0 || now < lanes[i].next)
+            lanes[left++] = lanes[i];
+    lane_count = left;
+    for (int fresh = 1; fresh >= 0; fresh--)
+        for (size_t k = 0; k < lane_count; k++) {
+            struct lane *l = &lanes[(turn + k) % lane_count];
+
+            while (running < batch_limit - (fresh ? 0 : batch_limit / 4) && (!fresh || l->fresh > 0) && lane_free(l, now)) {
+                last = (turn + k) % lane_count + 1;
+                running++;
+                if (!start_batch(l, due_fd))
+                    return false;
+            }
+            if (l->waiting > 0 && l->batches == 0 && l->next > now && l->next < *until)
+                *until = l->next;
+        }
+    turn = last != 0 ? last : turn;
+    return true;
+}
+
+/* Takes note of batches that have ended. */
+static bool reap_batches(void)
+{
+    bool died = false;
+    int status;
+    pid_t pid;
+
+    while ((pid = waitpid(-1, &status, WNOHANG)) > 0)
+        for (unsigned i = 0; i < batch_limit; i++)
+            if (batches[i].pid == pid) {
+                end_batch(i + 1, WIFEXITED(status) ? (size_t)WEXITSTATUS(status) : 0);
+                if (WIFSIGNALED(status))
+                    logmsg("process %ld died of signal %d", (long)pid, WTERMSIG(status));
+                died = died || WIFSIGNALED(status);
+            }
+    return died;
+}
+
+/* Takes what has come over the pipe.  False: its other end is closed, the server is
+ * no more. */
+static bool read_due(int due_fd)
+{
+    static char lines[65536];
+    static size_t size;
+    char *at = lines, *end, *space;
+    ssize_t n = read(due_fd, lines + size, sizeof lines - size);
+
+    if (n <= 0)
+        return n < 0;
+    size += (size_t)n;
+    if (size > sizeof lines / 2)
+        overflowed = true;      /* the pipe may have been full */
+    for (; (end = memchr(at, '\n', size - (size_t)(at - lines))) != NULL; at = end + 1) {
+        *end = '\0';
+        space = strchr(at, ' ');
+        if (space != NULL && space - at < ID_SIZE) {
+            *space = '\0';
+            add_due(at, (uint32_t)strtoul(space + 1, NULL, 16), true);
+        }
+    }
+    size -= (size_t)(at - lines);
+    memmove(lines, at, size);
+    return true;
+}
+
 /* Is somebody trying this message?  Asking takes no lock. */
 static bool is_locked(int fd)
 {
@@ -2354,8 +2619,8 @@ static bool is_locked(int fd)
     return fcntl(fd, F_GETLK, &lock) == 0 && lock.l_type != F_UNLCK;
 }
 
-/* Looks at one file of the queue that is due, and offers it. */
-static void offer_due(int due_fd, const char *id, pid_t server, bool complain)
+/* Looks at one file of the queue that is due, and lets it wait. */
+static void note_due(const char *id, bool complain)
 {
     struct message m;
     int fd = open_message("queue", id, O_RDWR);
@@ -2366,35 +2631,37 @@ static void offer_due(int due_fd, const char *id, pid_t server, bool complain)
         close(fd);
         return;
     }
-    if (message_read(&m, fd, id)) {
-        uint32_t lane = lane_of_message(&m);
-
-        /* The pipe is full when the server has enough to do: so this waits. */
-        while (!offer(due_fd, id, lane) && errno == EAGAIN && getppid() == server)
-            wait_ready(due_fd, true, clock_ms() + 1000);
-    } else if (complain) {
+    if (message_read(&m, fd, id))
+        add_due(id, lane_of_message(&m), m.whole == m.end + 3);
+    else if (complain)
         logmsg("queue/%s is no whole message: left alone", id);
-    }
     message_free(&m);
 }
 
 /* Looks once through the queue.  Returns when the next file will be due. */
-static time_t search_queue(int due_fd, pid_t server, bool make_due, bool complain)
+static time_t search_queue(bool make_due, bool complain)
 {
     time_t now = wall_clock(), next = now + NAP_LIMIT;
     DIR *queue = opendir("queue");
     struct dirent *entry;
 
     clear_drafts();
+    overflowed = false;
     if (queue == NULL && chdir(settings.spool) != 0)    /* it was taken away: perhaps it is back */
         return next;
-    while (queue != NULL && (entry = readdir(queue)) != NULL && getppid() == server) {
+    while (queue != NULL && (entry = readdir(queue)) != NULL) {
         time_t due = entry->d_name[0] == '.' ? 0 : due_time(entry->d_name, make_due, complain);
+        unsigned known;
 
-        if (due != 0 && due <= wall_clock())
-            offer_due(due_fd, entry->d_name, server, complain);
-        else if (due != 0 && due < next)
+        if (due != 0 && due <= wall_clock()) {
+            known = is_known(entry->d_name);
+            if (known == 0 && waiting_count < WAITING_LIMIT)
+                note_due(entry->d_name, complain);
+            else if (known == 0 || (known > 1 && make_due))
+                overflowed = true;      /* no room; or its batch may be done with it */
+        } else if (due != 0 && due < next) {
             next = due;
+        }
     }
     if (queue != NULL)
         closedir(queue);
@@ -2407,36 +2674,68 @@ static int64_t clamp(int64_t value, int64_t least, int64_t most)
     return value > most ? most : value;
 }
 
+/* Waits until something comes over the pipe, if there is room for it, or until
+ * clock_ms() reaches `until`.  Signals come only here. */
+static bool wait_for_due(int due_fd, int64_t until, const sigset_t *open)
+{
+    int64_t left = until - clock_ms();
+    struct timespec timeout = { 0, 0 };
+    fd_set readable;
+
+    if (left > 0) {
+        timeout.tv_sec = (time_t)(left / 1000);
+        timeout.tv_nsec = (long)(left % 1000) * 1000000;
+    }
+    FD_ZERO(&readable);
+    if (waiting_count < WAITING_LIMIT * 3 / 4)
+        FD_SET(due_fd, &readable);
+    return pselect(due_fd + 1, &readable, NULL, NULL, &timeout, open) > 0 && FD_ISSET(due_fd, &readable);
+}
+
 void run_queue(int due_fd, pid_t server)
 {
     struct sigaction action = { .sa_handler = on_wake };
-    sigset_t wakers, open;
+    int64_t next_search = 0, earliest = 0;      /* by clock_ms() */
+    sigset_t open;
     bool first = true;
 
-    hold_signals(false);
+    batch_limit = (unsigned)(settings.forwarders - fresh_slots());
+    batches = calloc(batch_limit, sizeof *batches);
+    if (batches == NULL)
+        die_of_memory();
     sigemptyset(&action.sa_mask);
-    sigemptyset(&wakers);
-    sigaddset(&wakers, SIGHUP);
-    sigaddset(&wakers, SIGUSR1);
-    sigprocmask(SIG_BLOCK, &wakers, &open);
-    sigdelset(&open, SIGHUP);       /* they come only while it naps */
-    sigdelset(&open, SIGUSR1);
     sigaction(SIGHUP, &action, NULL);
-    sigaction(SIGUSR1, &action, NULL);
-    for (; getppid() == server; first = false) {
-        int64_t begun = clock_ms(), nap;
-        bool make_due = all_due;
-        struct timespec timeout;
-        time_t next;
+    sigaction(SIGCHLD, &action, NULL);
+    sigprocmask(SIG_SETMASK, NULL, &open);
+    sigdelset(&open, SIGHUP);
+    sigdelset(&open, SIGCHLD);
+    while (getppid() == server) {
+        int64_t begun, until;
 
-        all_due = 0;
-        next = search_queue(due_fd, server, make_due, first);
-        nap = ((int64_t)next - (int64_t)wall_clock()) * 1000;
-        nap = clamp(nap, 1000, settings.retry * 1000);
-        nap = clamp(nap, 10 * (clock_ms() - begun), NAP_LIMIT * 1000);  /* long searches are rare ones */
-        timeout.tv_sec = (time_t)(nap / 1000);
-        timeout.tv_nsec = (long)(nap % 1000) * 1000000;
-        pselect(0, NULL, NULL, NULL, &timeout, &open);
+        if (reap_batches())
+            overflowed = true;          /* what it has not tried is only in the queue */
+        if (overflowed && waiting_count < WAITING_LIMIT / 4)
+            next_search = earliest < next_search ? earliest : next_search;
+        begun = clock_ms();
+        if (all_due || begun >= next_search) {
+            bool make_due = all_due;
+            int64_t nap;
+            time_t next;
+
+            all_due = 0;
+            next = search_queue(make_due, first);
+            first = false;
+            nap = ((int64_t)next - (int64_t)wall_clock()) * 1000;
+            nap = clamp(nap, 1000, settings.retry * 1000);
+            earliest = clock_ms() + clamp(10 * (clock_ms() - begun), 20, NAP_LIMIT * 1000);     /* long searches are rare ones */
+            next_search = begun + nap > earliest ? begun + nap : earliest;
+        }
+        until = overflowed && waiting_count < WAITING_LIMIT / 4 && earliest < next_search ? earliest : next_search;
+        if (!start_batches(due_fd, &until))
+            until = clock_ms() + 1000;
+        if (wait_for_due(due_fd, until, &open)
+            && !read_due(due_fd))
+            break;
     }
     _exit(0);
 }

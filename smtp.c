@@ -3,8 +3,8 @@
  *
  * One process watches the listening sockets, all clients and what its children
  * say with pselect(), and waits for nothing else.  What may take time runs in a
- * child: at the final dot of each message one takes it over, forked for it or
- * done with another, and stores and forwards it (forward.c).
+ * child: at the final dot of each message one is forked, which stores it and, if
+ * there is a slot for it, forwards it (forward.c).
  *
  * Handlers never close or free a session.  They set its phase; the loop reaps.
  *
@@ -14,7 +14,6 @@
  *   Sessions           what is known of a client
  *   Replies            what it is told
  *   Children           every fork, and who is still running
- *   Forwarding         which due message gets a forwarder next
  *   Addresses          the grammar of RFC 5321 4.1.2
  *   Access             who may relay, and where to
  *   Commands           the dialogue
@@ -53,15 +52,9 @@ enum {
     SIGNAL_WAIT = 20,       /* ms that a signal may wait while clients keep us busy */
     LINGER = 2000,          /* ms for a client to take its last reply */
     STORING_AT_ONCE = 16,   /* messages; more would wait for the same disk, each in a process */
-    WORKER_WAIT = 250,      /* ms that a worker waits for another message */
-    WORKERS = 32,           /* how many may wait, or forward and then wait, at most */
     REST = 1000,            /* ms without accepting when something has run out */
     LISTENERS = 16,
     RESERVE = LISTENERS + 16,   /* descriptors that are no client's */
-    WAITING_LIMIT = 1024,   /* ids that wait in memory for a forwarder */
-    SLOW = 5000,            /* ms that one waits there where a place answers slowly */
-    FAILING_LANES = 64,     /* places known not to answer */
-    FAILING_WAITING = 8,    /* ids that may wait for one of them */
     ACCEPTS = 64,           /* clients accepted before the others are served again */
     INHERITED = 65536       /* descriptors closed at the start; there may be some beyond today's limit */
 };
@@ -69,7 +62,7 @@ enum {
 struct settings settings = {
     .spool = "/var/spool/smtp",
     .mx_port = 25,
-    .per_address = 1000,
+    .per_address = -1,      /* a quarter of the table */
     .max_size = 50 * 1024 * 1024,
     .idle = 300,            /* RFC 5321 4.5.3.2.7 */
     .retry = 300,
@@ -175,14 +168,13 @@ struct transaction {
 
 struct session {
     int fd;                 /* the client */
-    int channel;            /* in STORING: the worker's, from which the reply comes, and not ours to close; or -1 */
+    int pipe;               /* in STORING: from the child that stores its message; -1: none does yet */
     enum phase phase;
     unsigned port;          /* the client's */
     bool spoken;            /* its first line has come */
     bool lf;                /* that line ended in a bare LF: so do all */
     bool skipping;          /* inside a command line that is too long */
     bool extended;          /* EHLO, not HELO */
-    bool counted;           /* by the process that we divided from, for -c */
     bool check;             /* a proxy that only looks whether we live: it sends no mail */
     unsigned errors;        /* 5xx replies since the last completed transaction */
     int64_t deadline;       /* by clock_ms(): it has to say something before */
@@ -196,8 +188,8 @@ struct session {
 
 static struct session *sessions[FD_SETSIZE];
 static size_t session_count, session_limit;
-static size_t unassigned;   /* sessions in STORING whose message no worker has yet */
 static bool divided;        /* this process only serves the sessions it was born with */
+static volatile sig_atomic_t got_child, got_hangup, got_term;
 
 static void close_fd(int *fd)
 {
@@ -252,6 +244,7 @@ static void reset(struct session *s)
 static void close_session(struct session *s)
 {
     close_fd(&s->fd);
+    close_fd(&s->pipe);
     if (s->tx != NULL)
         draft_forget(&s->tx->draft);
 }
@@ -296,7 +289,7 @@ static void log_dialogue(const struct session *s, const char *who, const char *t
 }
 
 /* Sends as much as the client takes now.  Who has hung up while a message of his is
- * being stored stays until its worker has replied: the table counts for both. */
+ * being stored stays until its child has replied: the table counts for both. */
 static void flush(struct session *s)
 {
     ssize_t n;
@@ -346,27 +339,22 @@ static void start_closing(struct session *s)
 /* ==== Children =========================================================== */
 
 enum role {
-    STORES,         /* a worker that has no slot: it stores a message, or has just been born */
-    FORWARDS,       /* a worker that holds one of the -j slots, and stores its message first if that is new */
-    WAITS,          /* a worker that has done what it had to do */
+    STORES,         /* a message, and offers it to the queue runner */
+    FORWARDS,       /* stores a message and then forwards it, in a slot for fresh mail */
     FINDS,          /* the queue runner */
     SERVES          /* took over a full table of sessions */
 };
 
 struct child {
-    pid_t pid;              /* -1: it is the child of the process that we divided from */
+    pid_t pid;
     enum role role;
-    uint32_t lane;
-    int64_t deadline;       /* by clock_ms(): when it is killed, or, if it waits, let go */
-    int channel;            /* a worker's orders and answers; -1: it was let go, and exits after its order */
-    bool storing;           /* a client waits for its reply */
+    uint32_t lane;          /* of a forwarder */
+    int64_t deadline;       /* by clock_ms(): when it is killed */
 };
 
 static struct child *children;
 static size_t child_count;
-static size_t worker_limit; /* how many are kept beside those that store */
-static int due_pipe[2];     /* [0]: ids that are due come in; [1]: the writers' end */
-static int leave_pipe[2];   /* the same for clients that leave a divided server */
+static int due_pipe[2];     /* to the queue runner: ids of fresh mail that has no slot */
 static int spool_lock;
 static int listeners[LISTENERS];
 static size_t listener_count;
@@ -393,38 +381,38 @@ static void forget_server(void)
 {
     close_listeners();
     close_fd(&due_pipe[0]);
-    close_fd(&leave_pipe[0]);
     close_fd(&spool_lock);
 }
 
 /* A child that serves nobody keeps no client's socket either: a client whose
  * server has hung up would hear nothing of it until the slowest child is done.
- * The memory is not freed: each page that is touched would have to be copied. */
-static void forget_all(void)
+ * Nothing is written to: each page that is would have to be copied. */
+static void forget_clients(const struct session *but)
 {
-    while (session_count > 0)
-        close_session(sessions[--session_count]);
-    while (child_count > 0)
-        close_fd(&children[--child_count].channel);
-    forget_server();
-    close_fd(&leave_pipe[1]);
+    for (size_t i = 0; i < session_count; i++) {
+        const struct session *s = sessions[i];
+
+        close(s->fd);
+        if (s->pipe >= 0)
+            close(s->pipe);
+        if (s != but && s->tx != NULL && s->tx->draft.fd >= 0)
+            close(s->tx->draft.fd);
+    }
 }
 
-/* Gives signals their common meaning again, for a child, and blocks those that it
- * opens itself to in time: SIGHUP and SIGUSR1 are for the runner, and a worker may
- * have a client's message waiting for it. */
+/* Gives signals their common meaning again, for a child that lives for a while.
+ * SIGHUP and SIGCHLD stay blocked: the runner opens itself to them in time. */
 static void default_signals(void)
 {
-    static const int held[] = { SIGTERM, SIGINT, SIGHUP, SIGUSR1 };
-    static const int caught[] = { SIGTERM, SIGINT, SIGHUP, SIGUSR1, SIGCHLD, SIGALRM };
+    static const int caught[] = { SIGTERM, SIGINT, SIGHUP, SIGCHLD, SIGALRM };
     sigset_t blocked;
 
-    sigemptyset(&blocked);
-    for (size_t i = 0; i < sizeof held / sizeof held[0]; i++)
-        sigaddset(&blocked, held[i]);
-    sigprocmask(SIG_SETMASK, &blocked, NULL);
     for (size_t i = 0; i < sizeof caught / sizeof caught[0]; i++)
         signal(caught[i], SIG_DFL);
+    sigemptyset(&blocked);
+    sigaddset(&blocked, SIGHUP);
+    sigaddset(&blocked, SIGCHLD);
+    sigprocmask(SIG_SETMASK, &blocked, NULL);
 }
 
 /* fork(), and the child entered in the books.  -1 when the machine has no
@@ -432,7 +420,7 @@ static void default_signals(void)
 static pid_t spawn(enum role role)
 {
     struct child *room = realloc(children, (child_count + 1) * sizeof *children);
-    struct child child = { -1, role, 0, INT64_MAX, -1, false };
+    struct child child = { -1, role, 0, INT64_MAX };
 
     if (room != NULL) {
         children = room;
@@ -455,168 +443,7 @@ static pid_t find_child(enum role role)
     return -1;
 }
 
-/* ---- Workers: children that store and forward ---- */
-
-/*
- * A message gets a child to itself, but a child may get several, one after
- * another: one that is done waits a moment for the next before it exits.  So a
- * busy server need not fork for each.  Over a socket it gets orders, and answers
- * in lines (forward.c).
- */
-
-/* It has had its last order. */
-static void let_go(struct child *worker)
-{
-    close_fd(&worker->channel);
-    if (worker->role == WAITS)
-        worker->deadline = INT64_MAX;
-}
-
-/* How many of them the server keeps in touch with, beside those that store. */
-static size_t count_workers(void)
-{
-    size_t count = 0;
-
-    for (size_t i = 0; i < child_count; i++)
-        count += children[i].channel >= 0 && !children[i].storing;
-    return count;
-}
-
-/* A worker that waits: of this lane, where there is one, since it may have a
- * connection there; and the one that has waited least, so that those who are not
- * needed go.  NULL: there is none. */
-static struct child *find_waiting(uint32_t lane)
-{
-    struct child *found = NULL;
-
-    for (size_t i = 0; i < child_count; i++) {
-        struct child *c = &children[i];
-
-        if (c->role != WAITS || c->channel < 0)
-            continue;
-        if (found == NULL || (c->lane == lane) > (found->lane == lane)
-            || ((c->lane == lane) == (found->lane == lane) && c->deadline > found->deadline))
-            found = c;
-    }
-    return found;
-}
-
-/* NULL: the machine has no process or no descriptor left. */
-static struct child *start_worker(void)
-{
-    int ends[2];
-    pid_t pid = -1;
-
-    if (socketpair(AF_UNIX, SOCK_STREAM, 0, ends) != 0) {
-        logmsg("no process can be told what to do (%s): resting for a second", strerror(errno));
-        rest_until = clock_ms() + REST;
-        return NULL;
-    }
-    if (ends[0] < FD_SETSIZE && ends[1] < FD_SETSIZE)       /* both sides will select() */
-        pid = spawn(STORES);
-    if (pid == 0) {
-        forget_all();
-        close(ends[0]);
-        default_signals();
-        work(ends[1], due_pipe[1]);
-    }
-    close(ends[1]);
-    if (pid < 0) {
-        close(ends[0]);
-        return NULL;
-    }
-    fcntl(ends[0], F_SETFL, O_NONBLOCK);
-    children[child_count - 1].channel = ends[0];
-    return &children[child_count - 1];
-}
-
-/* Tells a worker what to do.  False: it cannot be told, and is let go. */
-static bool command(struct child *worker, const struct order *order)
-{
-    if (write(worker->channel, order, sizeof *order) == (ssize_t)sizeof *order)
-        return true;
-    logmsg("process %ld takes no order (%s)", (long)worker->pid, strerror(errno));
-    let_go(worker);
-    return false;
-}
-
-/* Gives an order to a worker: one that waits, or a new one.  Returns the channel
- * over which it answers, -1 if there is none. */
-static int employ(enum task task, const char *id, uint32_t lane, bool more)
-{
-    struct child *worker;
-    struct order order;
-    int channel;
-
-    memset(&order, 0, sizeof order);
-    order.task = task;
-    order.lane = lane;
-    order.more = more;
-    strcpy(order.id, id);
-    while ((worker = find_waiting(lane)) != NULL && !command(worker, &order))
-        ;                       /* it has died just now */
-    if (worker == NULL && ((worker = start_worker()) == NULL || !command(worker, &order))) {
-        rest_until = clock_ms() + REST;
-        return -1;
-    }
-    worker->role = task == STORE ? STORES : FORWARDS;
-    worker->lane = lane;
-    worker->storing = task != FORWARD;
-    worker->deadline = task == STORE ? INT64_MAX : clock_ms() + 2000 * (int64_t)try_limit();
-    channel = worker->channel;
-    if (count_workers() > worker_limit)
-        let_go(worker);         /* after this one */
-    return channel;
-}
-
-/* Whatever an exchanger or a name server does to it, a forwarder has an end; and a
- * worker that is not needed for a while goes. */
-static void end_overdue(void)
-{
-    for (size_t i = 0; i < child_count; i++) {
-        if (clock_ms() < children[i].deadline)
-            continue;
-        if (children[i].role == WAITS) {
-            let_go(&children[i]);
-            continue;
-        }
-        logmsg("process %ld killed: its try took longer than %ld seconds", (long)children[i].pid, 2 * try_limit());
-        kill(children[i].pid, SIGKILL);
-        children[i].deadline = INT64_MAX;
-    }
-}
-
-/* ==== Forwarding ========================================================= */
-
-/*
- * A message that needs a forwarder and has none waits here, or only in queue/,
- * where the runner finds it again.  Four rules keep one place that answers slowly,
- * or not at all, from holding up the others: a quarter of the slots is for fresh
- * mail; no lane has more than half of the slots; a slow one has no more than half
- * of the places here, so that others are seen behind it; and one in which nobody
- * was reachable has few slots, and few that wait, until somebody is.
- */
-struct due {
-    char id[ID_SIZE];
-    uint32_t lane;
-    int64_t since;          /* by clock_ms() */
-};
-
-static struct due waiting[WAITING_LIMIT];
-static size_t waiting_count;
-static bool overflowed;     /* more are in queue/ than could wait here */
-static uint32_t failing[FAILING_LANES];
-static size_t failing_count;
-
-static bool is_failing(uint32_t lane)
-{
-    for (size_t i = 0; i < failing_count; i++)
-        if (failing[i] == lane)
-            return true;
-    return false;
-}
-
-/* How many forwarders there are, in this lane or in all. */
+/* How many forwarders there are for fresh mail, in this lane or in all. */
 static long count_forwarders(const uint32_t *lane)
 {
     long count = 0;
@@ -626,143 +453,35 @@ static long count_forwarders(const uint32_t *lane)
     return count;
 }
 
-/* How many more forwarders may start: for mail from the queue, or for fresh mail. */
-static long slots_left(bool fresh)
+/* Is any mail being stored just now? */
+static bool is_storing(void)
 {
-    if (divided || clock_ms() < rest_until)
-        return 0;
-    return settings.forwarders - (fresh ? 0 : settings.forwarders / 4) - count_forwarders(NULL);
+    for (size_t i = 0; i < session_count; i++)
+        if (sessions[i]->pipe >= 0)
+            return true;
+    return false;
 }
 
-/* May one more forwarder start in this lane? */
-static bool lane_free(uint32_t lane)
+/* May fresh mail of this lane be forwarded at once?  Half of the slots are for it, and
+ * no lane has more than a tenth of all.  Where several come at a time, one process for
+ * all of them is cheaper: that is the runner's. */
+static bool slot_free(uint32_t lane)
 {
-    long share = (settings.forwarders + 1) / 2;
+    long share = settings.forwarders / 10;
 
-    if (is_failing(lane))
-        share = 1 + settings.forwarders / 10;
-    else if (lane == 0)
-        share = settings.forwarders;
-    return count_forwarders(&lane) < share;
+    return !divided && !got_term && count_forwarders(NULL) < fresh_slots()
+        && count_forwarders(&lane) < (share > 1 ? share : 1) && !is_storing();
 }
 
-/* Lets an id wait, `since` when it has.  One that may not is found again by the runner. */
-static void add_waiting(const char *id, uint32_t lane, int64_t since)
+/* Whatever an exchanger or a name server does to it, a forwarder has an end. */
+static void end_overdue(void)
 {
-    int64_t first = since;
-    size_t same = 0;
-
-    for (size_t i = 0; i < waiting_count; i++) {
-        if (strcmp(waiting[i].id, id) == 0)
-            return;
-        if (waiting[i].lane == lane && same++ == 0)
-            first = waiting[i].since;
-    }
-    if (same >= FAILING_WAITING && is_failing(lane))
-        return;
-    if (same >= WAITING_LIMIT / 2 && lane != 0 && clock_ms() - first >= SLOW) {
-        overflowed = true;
-        return;
-    }
-    strcpy(waiting[waiting_count].id, id);
-    waiting[waiting_count].lane = lane;
-    waiting[waiting_count++].since = since;
-}
-
-/* Remembers whether a lane's last forwarder reached anybody. */
-static void judge_lane(uint32_t lane, bool reached)
-{
-    size_t i = 0, waiting_before = waiting_count;
-
-    while (i < failing_count && failing[i] != lane)
-        i++;
-    if (reached) {
-        if (i == failing_count)
-            return;
-        failing[i] = failing[--failing_count];
-        overflowed = true;      /* its other messages are only in the queue */
-    } else if (i == failing_count) {
-        if (failing_count == FAILING_LANES)     /* the oldest has to prove it again */
-            memmove(failing, failing + 1, --failing_count * sizeof failing[0]);
-        failing[failing_count++] = lane;
-        for (i = waiting_count = 0; i < waiting_before; i++) {
-            struct due due = waiting[i];
-
-            add_waiting(due.id, due.lane, due.since);   /* the same list, fewer of this lane, and of slow ones */
-        }
-    }
-}
-
-/* Do others wait behind this one in its lane? */
-static bool more_wait(size_t i)
-{
-    size_t k = i + 1;
-
-    while (k < waiting_count && waiting[k].lane != waiting[i].lane)
-        k++;
-    return k < waiting_count;
-}
-
-/* What has come through the due pipe, and has had no room to wait in. */
-static char due_lines[64 * DUE_SIZE];
-static size_t due_size;
-
-static void read_due(void)
-{
-    ssize_t n = read(due_pipe[0], due_lines + due_size, sizeof due_lines - due_size);
-
-    due_size += n > 0 ? (size_t)n : 0;
-}
-
-static void take_lines(void)
-{
-    char *at = due_lines, *end, *space;
-
-    for (; waiting_count < WAITING_LIMIT && (end = memchr(at, '\n', due_size - (size_t)(at - due_lines))) != NULL;
-         at = end + 1) {
-        *end = '\0';
-        space = strchr(at, ' ');
-        if (space != NULL && space - at < ID_SIZE) {
-            *space = '\0';
-            add_waiting(at, (uint32_t)strtoul(space + 1, NULL, 16), clock_ms());
-        }
-    }
-    due_size -= (size_t)(at - due_lines);
-    memmove(due_lines, at, due_size);
-}
-
-/* Starts forwarders for those that wait, in their order, while slots are free.
- * False: it could start none. */
-static bool start_forwarders(void)
-{
-    size_t left = 0, before = waiting_count;
-    long slots = slots_left(false);
-
-    for (size_t i = 0; i < before; i++) {
-        int channel = -1;
-
-        if (slots > 0 && lane_free(waiting[i].lane)
-            && (channel = employ(FORWARD, waiting[i].id, waiting[i].lane, more_wait(i))) < 0)
-            slots = 0;          /* no process for this one: none for the others */
-        if (channel < 0)
-            waiting[left++] = waiting[i];
-        else
-            slots--;
-    }
-    waiting_count = left;
-    return left < before;
-}
-
-/* Forwards what is due, as far as there are slots. */
-static void forward_waiting(void)
-{
-    do
-        take_lines();
-    while (start_forwarders());
-    if (overflowed && waiting_count < WAITING_LIMIT / 4) {
-        overflowed = false;
-        if (find_child(FINDS) > 0)
-            kill(find_child(FINDS), SIGUSR1);       /* look again, there may be more */
+    for (size_t i = 0; i < child_count; i++) {
+        if (clock_ms() < children[i].deadline)
+            continue;
+        logmsg("process %ld killed: its try took longer than %ld seconds", (long)children[i].pid, 2 * try_limit());
+        kill(children[i].pid, SIGKILL);
+        children[i].deadline = INT64_MAX;
     }
 }
 
@@ -893,90 +612,13 @@ static bool in_networks(const union address *a, const struct networks *networks)
     return false;
 }
 
-/*
- * How many connections a client has at once is counted over all processes that
- * have some of its: the server knows its own sessions, and keeps a list of those
- * that divided servers took along.  These write who leaves them to the leave pipe.
- */
-struct guest {
-    unsigned char address[16];  /* an IPv4 address as RFC 4291 2.5.5.2 maps it */
-    pid_t server;               /* the divided server */
-    size_t count;
-};
-
-static struct guest *guests;
-static size_t guest_count;
-
-static struct guest make_guest(const union address *peer, pid_t server)
-{
-    struct guest g;
-    size_t size;
-    const unsigned char *octets = address_octets(peer, &size);
-
-    memset(&g, 0, sizeof g);        /* what lies between its members goes through the pipe, too */
-    g.server = server;
-    g.count = 1;
-    if (size == 4)
-        memset(g.address + 10, 0xFF, 2);
-    memcpy(g.address + 16 - size, octets, size);
-    return g;
-}
-
-static void add_guest(const struct guest *g)
-{
-    struct guest *more;
-
-    for (size_t i = guest_count; i-- > 0 && guests[i].server == g->server; )
-        if (memcmp(guests[i].address, g->address, sizeof g->address) == 0) {
-            guests[i].count++;
-            return;
-        }
-    more = realloc(guests, (guest_count + 1) * sizeof *guests);
-    if (more == NULL)
-        return;                 /* it has one connection to our credit */
-    guests = more;
-    guests[guest_count++] = *g;
-}
-
-/* Takes note of those who have left a divided server. */
-static void take_leaves(void)
-{
-    struct guest left[64];      /* written one by one, each whole */
-    ssize_t n = read(leave_pipe[0], left, sizeof left);
-
-    for (const struct guest *g = left; n > 0; g++, n -= (ssize_t)sizeof *g)
-        for (size_t i = 0; i < guest_count; i++)
-            if (guests[i].server == g->server && memcmp(guests[i].address, g->address, sizeof g->address) == 0) {
-                if (--guests[i].count == 0)
-                    guests[i] = guests[--guest_count];
-                break;
-            }
-}
-
-/* A divided server has ended, and with it all its sessions. */
-static void forget_guests(pid_t server)
-{
-    size_t left = 0;
-
-    for (size_t i = 0; i < guest_count; i++)
-        if (guests[i].server != server)
-            guests[left++] = guests[i];
-    guest_count = left;
-}
-
 static size_t count_connections(const union address *peer)
 {
-    const struct guest wanted = make_guest(peer, 0);
+    const struct network wanted = { *peer, peer->sa.sa_family == AF_INET6 ? 128 : 32 };
     size_t count = 0;
 
-    for (size_t i = 0; i < session_count; i++) {
-        const struct guest g = make_guest(&sessions[i]->peer, 0);
-
-        count += sessions[i]->phase != PROXIED && memcmp(g.address, wanted.address, sizeof g.address) == 0;
-    }
-    for (size_t i = 0; i < guest_count; i++)
-        if (memcmp(guests[i].address, wanted.address, sizeof wanted.address) == 0)
-            count += guests[i].count;
+    for (size_t i = 0; i < session_count; i++)
+        count += sessions[i]->phase != PROXIED && in_network(&sessions[i]->peer, &wanted);
     return count;
 }
 
@@ -1447,20 +1089,60 @@ static void inspect(struct transaction *tx, const char *text, const struct line 
     tx->in_line = line->used == 0;
 }
 
-/* Gives a whole message to a worker. */
+/* What the child for a message does: it stores it, and says so to the client's
+ * server.  If it has a slot, it goes on alone. */
+static void take_over(struct session *s, int answer, bool slot)
+{
+    struct draft *d = &s->tx->draft;
+    bool stored;
+
+    forget_server();
+    stored = draft_store(d, answer);
+    close(answer);
+    if (stored && slot) {
+        forget_clients(s);
+        close(due_pipe[1]);
+        default_signals();
+        draft_forward(d);
+    } else if (stored) {
+        draft_offer(d, s->tx->lane, due_pipe[1]);
+    }
+    _exit(0);
+}
+
+/* Forks the child for a whole message. */
 static void hand_over(struct session *s)
 {
     struct transaction *tx = s->tx;
-    bool forward_now = slots_left(true) > 0 && lane_free(tx->lane);
+    bool slot = slot_free(tx->lane);
+    int ends[2];
+    pid_t pid = -1;
 
-    unassigned--;
-    s->channel = employ(forward_now ? STORE_AND_FORWARD : STORE, tx->draft.id, tx->lane, false);
-    if (s->channel >= 0) {
-        draft_forget(&tx->draft);
+    if (pipe(ends) != 0) {
+        logmsg("no pipe can be made (%s): resting for a second", strerror(errno));
+        rest_until = clock_ms() + REST;
     } else {
+        if (ends[0] < FD_SETSIZE)
+            pid = spawn(slot ? FORWARDS : STORES);
+        if (pid == 0) {
+            close(ends[0]);
+            take_over(s, ends[1], slot);
+        }
+        close(ends[1]);
+        if (pid < 0)
+            close(ends[0]);
+    }
+    if (pid < 0) {
         reply(s, "%s", draft_refusal(EAGAIN));
         reset(s);
+        return;
     }
+    if (slot) {
+        children[child_count - 1].lane = tx->lane;
+        children[child_count - 1].deadline = clock_ms() + 2000 * (int64_t)try_limit();
+    }
+    s->pipe = ends[0];
+    draft_forget(&tx->draft);
 }
 
 /* Hands over what is whole, as far as not too many are being stored already: all
@@ -1468,23 +1150,26 @@ static void hand_over(struct session *s)
 static void store_messages(void)
 {
     static size_t turn;
-    size_t storing = 0, i;
+    size_t storing = 0, whole = 0;
 
-    for (i = 0; i < child_count; i++)
-        storing += children[i].storing;
-    for (i = 0; i < session_count && unassigned > 0 && storing < STORING_AT_ONCE; i++) {
+    for (size_t i = 0; i < session_count; i++) {
+        storing += sessions[i]->phase == STORING && sessions[i]->pipe >= 0;
+        whole += sessions[i]->phase == STORING && sessions[i]->pipe < 0;
+    }
+    for (size_t i = 0; i < session_count && whole > 0 && storing < STORING_AT_ONCE; i++) {
         struct session *s = sessions[turn++ % session_count];
 
-        if (s->phase == STORING && s->channel < 0) {
+        if (s->phase == STORING && s->pipe < 0) {
+            whole--;
             hand_over(s);
             storing += s->phase == STORING;
+            if (s->phase != STORING)
+                flush(s);
         }
     }
-    if (i == session_count)
-        unassigned = 0;         /* also those of clients that were lost for want of memory */
 }
 
-/* The final dot: a worker takes the message over, at once as a rule. */
+/* The final dot: a child takes the message over, before the loop waits again. */
 static void end_message(struct session *s)
 {
     struct transaction *tx = s->tx;
@@ -1496,9 +1181,6 @@ static void end_message(struct session *s)
         return;
     }
     s->phase = STORING;
-    s->channel = -1;
-    unassigned++;
-    store_messages();
 }
 
 /* Consumes what can be consumed of the message.  The draft keeps it as it has
@@ -1555,8 +1237,6 @@ static void take_result(struct session *s, const char *line)
 
 /* ==== The loop =========================================================== */
 
-static volatile sig_atomic_t got_child, got_hangup, got_term;
-
 static void on_signal(int number)
 {
     if (number == SIGCHLD)
@@ -1568,11 +1248,16 @@ static void on_signal(int number)
 }
 
 /* The descriptor a session waits on, and until when.  While its message is being
- * stored it waits for a worker, whatever the client does. */
+ * stored it waits for the child that does that, whatever the client does. */
 static void fill_session(const struct session *s, fd_set *readable, fd_set *writable, int *top, int64_t *until)
 {
-    if (s->phase == STORING)
+    if (s->phase == STORING) {
+        if (s->pipe >= 0)
+            FD_SET(s->pipe, readable);
+        if (s->pipe > *top)
+            *top = s->pipe;
         return;
+    }
     if (s->out.size > 0)
         FD_SET(s->fd, writable);    /* who does not take its replies is not read from */
     else
@@ -1583,16 +1268,6 @@ static void fill_session(const struct session *s, fd_set *readable, fd_set *writ
         *until = s->deadline;
 }
 
-static void fill_child(const struct child *c, fd_set *readable, int *top, int64_t *until)
-{
-    if (c->channel >= 0)
-        FD_SET(c->channel, readable);
-    if (c->channel > *top)
-        *top = c->channel;
-    if (c->deadline < *until)
-        *until = c->deadline;
-}
-
 /* Fills the sets; pselect() will change them, so they are made anew each time. */
 static void fill(fd_set *readable, fd_set *writable, int *top, int64_t *until)
 {
@@ -1600,19 +1275,13 @@ static void fill(fd_set *readable, fd_set *writable, int *top, int64_t *until)
     FD_ZERO(writable);
     *top = -1;
     *until = INT64_MAX;
-    overflowed = overflowed || waiting_count == WAITING_LIMIT;
-    if (!divided) {
-        FD_SET(leave_pipe[0], readable);
-        if (waiting_count < WAITING_LIMIT && !got_term)
-            FD_SET(due_pipe[0], readable);
-        *top = due_pipe[0] > leave_pipe[0] ? due_pipe[0] : leave_pipe[0];
-    }
     for (size_t i = 0; i < session_count; i++)
         fill_session(sessions[i], readable, writable, top, until);
     if (!divided && !got_term && find_child(FINDS) < 0 && runner_from < *until)
         *until = runner_from;
     for (size_t i = 0; i < child_count; i++)
-        fill_child(&children[i], readable, top, until);
+        if (children[i].deadline < *until)
+            *until = children[i].deadline;
     if (rest_until > clock_ms()) {
         if (rest_until < *until)
             *until = rest_until;
@@ -1697,13 +1366,35 @@ static void hear(struct session *s)
     }
 }
 
+/* The child that stores this client's message says how that went; or nothing, and
+ * then it has died. */
+static void hear_child(struct session *s)
+{
+    char line[REPLY_SIZE];
+    ssize_t n = read(s->pipe, line, sizeof line - 1);
+
+    if (n < 0 && errno == EINTR)
+        return;
+    line[n > 0 ? n : 0] = '\0';
+    line[strcspn(line, "\n")] = '\0';
+    close_fd(&s->pipe);
+    take_result(s, line);
+    if (got_term)
+        flush(s);
+    else
+        converse(s, s->in.bytes, s->in.size);
+}
+
 /* Serves a session for which something has happened. */
 static void serve_session(struct session *s, fd_set *readable, fd_set *writable)
 {
     bool ready = FD_ISSET(s->fd, readable) || FD_ISSET(s->fd, writable);
     int64_t now = clock_ms();
 
-    if (s->phase == CLOSING && now >= s->deadline) {
+    if (s->phase == STORING) {
+        if (s->pipe >= 0 && FD_ISSET(s->pipe, readable))
+            hear_child(s);
+    } else if (s->phase == CLOSING && now >= s->deadline) {
         s->phase = GONE;
     } else if (s->phase < STORING && now >= (ready ? s->limit : s->deadline)) {
         reply(s, "421 4.4.2 %s Error: timeout exceeded", settings.hostname);
@@ -1719,70 +1410,6 @@ static void serve_session(struct session *s, fd_set *readable, fd_set *writable)
     } else if (FD_ISSET(s->fd, readable)) {
         hear(s);
     }
-}
-
-/* The client whose message a worker stores hears how that went; an empty line:
- * the worker has died. */
-static void answer_client(struct child *worker, const char *line)
-{
-    int channel = worker->channel;
-
-    worker->storing = false;
-    if (count_workers() > worker_limit || worker->pid < 0)
-        let_go(worker);
-    for (size_t i = 0; i < session_count; i++) {
-        struct session *s = sessions[i];
-
-        if (s->phase == STORING && s->channel == channel) {
-            take_result(s, line);
-            converse(s, s->in.bytes, got_term ? 0 : s->in.size);
-            return;
-        }
-    }
-}
-
-/* A worker has done what it had to do, and may be asked for more. */
-static void note_result(struct child *worker, int result)
-{
-    if (worker->role == FORWARDS && result != FORWARD_NOT_TRIED)
-        judge_lane(worker->lane, result == FORWARD_DONE);
-    worker->role = WAITS;
-    worker->deadline = clock_ms() + WORKER_WAIT;
-    if (got_term)
-        let_go(worker);
-}
-
-/* It will say nothing more. */
-static void lose_worker(size_t i)
-{
-    if (children[i].storing)
-        answer_client(&children[i], "");
-    let_go(&children[i]);
-}
-
-/* Takes what a worker says.  Whoever is served in the meantime may need further
- * workers, and then the list moves. */
-static void hear_worker(size_t i)
-{
-    char text[2 * REPLY_SIZE], *line = text;
-    ssize_t n = read(children[i].channel, text, sizeof text - 1);
-
-    if (n < 0 && (errno == EAGAIN || errno == EINTR))
-        return;
-    text[n > 0 ? n : 0] = '\0';
-    while (*line != '\0') {
-        size_t length = strcspn(line, "\n");
-        char *next = line + length + (line[length] != '\0');
-
-        line[length] = '\0';
-        if (children[i].storing)
-            answer_client(&children[i], line);
-        else
-            note_result(&children[i], atoi(line));
-        line = next;
-    }
-    if (n <= 0)
-        lose_worker(i);
 }
 
 /* A client that gets no session is told why, if it takes so much at once. */
@@ -1816,6 +1443,7 @@ static void welcome(int fd, union address peer)
     }
     *s = fresh;
     s->fd = fd;
+    s->pipe = -1;
     s->peer = peer;
     renew(s);
     sessions[session_count++] = s;
@@ -1824,54 +1452,20 @@ static void welcome(int fd, union address peer)
     flush(s);
 }
 
-/* Each of the two processes keeps the workers that are its own: those that store
- * for a client go with the clients. */
-static void divide_workers(void)
-{
-    size_t left = 0;
-
-    for (size_t i = 0; i < child_count; i++) {
-        struct child *c = &children[i];
-
-        if (c->storing != divided)
-            close_fd(&c->channel);
-        if (divided) {
-            c->pid = -1;
-            c->deadline = INT64_MAX;
-        }
-        c->storing = c->storing && divided;
-        if (c->storing || !divided)
-            children[left++] = *c;
-    }
-    child_count = left;
-}
-
 /* The table is full: a child takes all clients over, and this process, which
  * keeps the pid and the listening sockets, begins with an empty table. */
 static void divide(void)
 {
-    pid_t pid;
+    pid_t pid = spawn(SERVES);
 
-    for (size_t i = 0; i < session_count; i++)
-        sessions[i]->counted = sessions[i]->phase != PROXIED;
-    pid = spawn(SERVES);
     if (pid > 0) {
         logmsg("table full: process %ld serves %lu clients on", (long)pid, (unsigned long)session_count);
-        for (size_t i = 0; i < session_count; i++) {
-            const struct guest g = make_guest(&sessions[i]->peer, pid);
-
-            if (sessions[i]->counted)
-                add_guest(&g);
-        }
         forget_sessions();
-        unassigned = 0;
     } else if (pid == 0) {
         divided = true;
+        child_count = 0;
         forget_server();
-        waiting_count = guest_count = 0;
     }
-    if (pid >= 0)
-        divide_workers();
 }
 
 /* Accepts who waits.  That a listening socket is readable promises nothing:
@@ -1915,13 +1509,6 @@ static void serve(fd_set *readable, fd_set *writable)
 
     for (size_t i = 0; i < known; i++)
         serve_session(sessions[i], readable, writable);
-    for (size_t i = 0; i < child_count; i++)
-        if (children[i].channel >= 0 && FD_ISSET(children[i].channel, readable))
-            hear_worker(i);
-    if (!divided && FD_ISSET(due_pipe[0], readable))
-        read_due();
-    if (!divided && FD_ISSET(leave_pipe[0], readable))
-        take_leaves();
     for (size_t i = 0; i < listener_count; i++)
         if (FD_ISSET(listeners[i], readable))
             accept_clients(listeners[i]);
@@ -1942,16 +1529,8 @@ static void reap_children(void)
             continue;
         if (WIFSIGNALED(status) && !got_term)
             logmsg("process %ld died of signal %d", (long)pid, WTERMSIG(status));
-        if (children[i].channel >= 0) {
-            hear_worker(i);
-            lose_worker(i);
-        }
-        if (children[i].role == FORWARDS && WIFEXITED(status))
-            note_result(&children[i], WEXITSTATUS(status));
         if (children[i].role == FINDS)
             runner_from = clock_ms() + REST;    /* if it cannot live, it is not to die in a loop */
-        if (children[i].role == SERVES)
-            forget_guests(pid);
         children[i] = children[--child_count];
     }
 }
@@ -1962,9 +1541,12 @@ static void start_runner(void)
 
     runner_from = clock_ms() + REST;
     if (pid == 0) {
-        forget_all();
+        forget_clients(NULL);
+        close_listeners();
+        close(spool_lock);
+        close(due_pipe[1]);     /* the end of the pipe is the end of the server */
         default_signals();
-        run_queue(due_pipe[1], server);
+        run_queue(due_pipe[0], server);
     }
 }
 
@@ -1979,13 +1561,6 @@ static void reap_sessions(void)
         if (s->phase != GONE) {
             sessions[left++] = s;
             continue;
-        }
-        if (divided && s->counted) {
-            const struct guest g = make_guest(&s->peer, getpid());
-
-            /* Where the pipe is full, it counts until this process ends. */
-            if (write(leave_pipe[1], &g, sizeof g) < 0)
-                logmsg("a client that left is still counted");
         }
         reset(s);
         free_session(s);
@@ -2006,9 +1581,7 @@ static void stop(void)
         }
     }
     for (size_t i = 0; i < child_count; i++)
-        if (children[i].role == WAITS)
-            let_go(&children[i]);
-        else if (children[i].role >= FINDS)
+        if (children[i].role >= FINDS)
             kill(children[i].pid, SIGTERM);
 }
 
@@ -2023,7 +1596,7 @@ static void reap(void)
         stop();
     store_messages();
     reap_sessions();
-    if (session_count == 0 && (divided || (got_term && find_child(SERVES) < 0 && find_child(STORES) < 0)))
+    if (session_count == 0 && (divided || (got_term && find_child(SERVES) < 0)))
         _exit(0);
     if (divided || got_term)
         return;
@@ -2031,10 +1604,8 @@ static void reap(void)
         start_runner();
     if (got_hangup && find_child(FINDS) > 0) {  /* else it waits for the next runner */
         got_hangup = 0;
-        failing_count = 0;
         kill(find_child(FINDS), SIGHUP);
     }
-    forward_waiting();
 }
 
 /* Signals set a flag, and come only while the loop waits.  Returns the mask for
@@ -2058,7 +1629,6 @@ static sigset_t catch_signals(void)
         sigaction(caught[i], &action, NULL);
     signal(SIGPIPE, SIG_IGN);       /* who hangs up is told by write() */
     signal(SIGXFSZ, SIG_IGN);       /* and a file that may not grow, too */
-    signal(SIGUSR1, SIG_IGN);       /* which is the runner's, who looks like us in ps */
     return open;
 }
 
@@ -2087,7 +1657,7 @@ static const char usage_text[] =
     "usage: smtp [options] address...    serve on these addresses\n"
     "       smtp -l [-q spool]           list the queue\n"
     "  -a network     let these clients relay, too: 192.0.2.0/24, 2001:db8::/32\n"
-    "  -c number      connections from one client at once, 0 for any (1000)\n"
+    "  -c number      connections from one client at once, 0 for any (a quarter of the table)\n"
     "  -d domain      take mail for this domain only; may be repeated (all)\n"
     "  -e seconds     give up on a message after (5 days)\n"
     "  -h hostname    call ourselves so (the system's name)\n"
@@ -2322,7 +1892,7 @@ static void drop_root(const struct passwd *user)
 }
 
 /* A table must never need a descriptor that an fd_set cannot hold: each client
- * may have two, its socket and its draft or worker; and so may some workers. */
+ * may have two, its socket and its draft or its child's pipe. */
 static void size_table(void)
 {
     long limit = sysconf(_SC_OPEN_MAX);
@@ -2332,10 +1902,9 @@ static void size_table(void)
     errno = 0;
     if (limit < RESERVE + 4)
         die("%ld open files are too few: raise the limit (ulimit -n) to %d or more", limit, RESERVE + 4);
-    worker_limit = (size_t)(limit - RESERVE) / 16;
-    if (worker_limit > WORKERS)
-        worker_limit = WORKERS;
-    session_limit = ((size_t)(limit - RESERVE) - worker_limit) / 2;
+    session_limit = (size_t)(limit - RESERVE) / 2;
+    if (settings.per_address < 0)
+        settings.per_address = session_limit > 4 ? (long)session_limit / 4 : 1;
 }
 
 static void default_names(void)
@@ -2486,7 +2055,6 @@ int main(int argc, char **argv)
     spool_lock = spool_take();
     size_table();
     open_pipe(due_pipe);
-    open_pipe(leave_pipe);
     open = catch_signals();
     warn_if_open();
     log_listening();

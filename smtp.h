@@ -157,45 +157,38 @@ void draft_forget(struct draft *d);
 /* The reply for a draft that failed with `error`: 452 or 451, without line end. */
 const char *draft_refusal(int error);
 
-/* ---- forward.c: what runs in a child and never returns ----------------- */
-
-/* What the server asks of a worker: to store the draft of this id, to forward a
- * message of this id that is in queue/, or the one and then the other. */
-enum task { STORE, FORWARD, STORE_AND_FORWARD };
-
-struct order {
-    enum task task;
-    uint32_t lane;          /* of its first recipient */
-    bool more;              /* others wait in this lane: the connection may serve them, too */
-    char id[ID_SIZE];
-};
-
-/* What became of an order, and how a worker exits after its last: the server
- * counts on it to be fair (see smtp.c). */
-enum result { FORWARD_DONE = 0, FORWARD_NOT_TRIED = 1, FORWARD_UNREACHABLE = 75 };
+/* ---- forward.c: what runs in a child ------------------------------------ */
 
 /* Seconds that a try may take: then every step of it is over, and the rest is
  * for later.  A forwarder that is there after twice as many is to be killed. */
 long try_limit(void);
 
+/* How many of -j are for fresh mail, tried directly after its final dot; the others
+ * are for the queue runner's batches, of which there are at least two if may be. */
+long fresh_slots(void);
+
 /* Forwarders that go to the same place share a lane: a hash of the domain, or 0
  * where all mail goes to the smarthost. */
 uint32_t lane_of(const char *domain);
 
-/* Carries out the orders that come from the socket `channel`, one after another,
- * until its end.  Answers with lines: where a draft is stored, the client's reply
- * as soon as the message is durable; and at the end the result, as a number.
- * What is stored and not to be forwarded is offered on `due_fd`. */
-void work(int channel, int due_fd);
+/* Makes a draft a message of the queue, and writes the client's reply to `answer`,
+ * as soon as it is durable. */
+bool draft_store(struct draft *d, int answer);
+
+/* Forwards what was stored.  Never returns. */
+void draft_forward(struct draft *d);
+
+/* Leaves what was stored to the queue runner, who reads `due_fd`. */
+void draft_offer(struct draft *d, uint32_t lane, int due_fd);
 
 /* One line on the due pipe: an id and its lane, in hexadecimal.  Shorter than
  * _POSIX_PIPE_BUF (512), so that lines of several writers never mix. */
 #define DUE_FORMAT "%s %08lx\n"
 enum { DUE_SIZE = ID_SIZE + 10 };
 
-/* Finds what is due in queue/ and offers it on `due_fd`, for as long as process
- * `server` lives, and clears tmp/ of what a crash left.  SIGHUP makes everything
- * due, SIGUSR1 ends a nap. */
+/* The queue runner: forwards what comes over `due_fd` and what is due in queue/, in
+ * batches, for as long as process `server` lives, and clears tmp/ of what a crash
+ * left.  SIGHUP makes everything due.  Never returns. */
 void run_queue(int due_fd, pid_t server);
 
 /* smtp -l: prints the queue.  Returns the exit status. */

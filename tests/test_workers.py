@@ -133,7 +133,7 @@ def test_few_are_kept_in_touch_with(world, relay, tmp_path, gate):
 
 def test_a_full_table_divides_while_a_message_is_stored(world, relay, wrapped, strace, tmp_path):
     """The reply finds its way to the client, through the process that has it by now."""
-    server = relay(mx_port=world.exchanger.port, spool=tmp_path / "other", binary=wrapped("ulimit -n 64"))
+    server = relay("-c", 0, mx_port=world.exchanger.port, spool=tmp_path / "other", binary=wrapped("ulimit -n 64"))
     client = server.client()
     client.say("HELO me.com")
     with strace(server.pid, "trace=fsync", "inject=fsync:delay_enter=5000000:when=1") as trace:
@@ -153,7 +153,7 @@ def test_a_full_table_divides_while_a_message_is_stored(world, relay, wrapped, s
 
 def test_who_hangs_up_while_his_message_is_stored_has_not_gone(world, relay, wrapped, strace, tmp_path):
     """Its worker is still a descriptor: too many such clients divide the table, as others do."""
-    server = relay(mx_port=world.exchanger.port, spool=tmp_path / "other", binary=wrapped("ulimit -n 64"))
+    server = relay("-c", 0, mx_port=world.exchanger.port, spool=tmp_path / "other", binary=wrapped("ulimit -n 64"))
     with strace(server.pid, "trace=fsync,/^open", "inject=fsync:delay_enter=5000000:when=1",
                 "inject=/^open:delay_enter=20000"):         # so that it is gone before it can be answered
         for _ in range(60):
