@@ -445,6 +445,11 @@ class Exchanger:
                         or bytes, sent as they are; or a list, used up one by one;
                         or a function of the Connection that returns one of these,
                         or None.  None, and the end of a list, are the usual reply.
+                        Where its lines differ in code, the last line says what it means.
+        connection_limit    how many connections it serves at once: a further one is
+                        greeted with BUSY and closed
+        recipient_limit how many recipients it takes in a transaction: a further one
+                        is answered with `too_many`
         stall_at        the key where it falls silent for good
         drop_at         the key where it closes in place of a reply
         drop_after      the key where it closes after its reply
@@ -455,6 +460,9 @@ class Exchanger:
 
     EXTENSIONS = ("PIPELINING", "SIZE 10485760", "8BITMIME", "ENHANCEDSTATUSCODES")
     NOBODY = "554 5.5.1 Error: no valid recipients"
+    # In any case (RFC 5321 2.4); with blanks that 3.3 forbids, and that clients send.
+    PATH = re.compile(r"(?:MAIL FROM|RCPT TO):[ \t]*(?P<path><.*>)(?P<parameters>.*)", re.IGNORECASE)
+    BUSY = "421 4.7.0 Error: too many connections"
 
     def __init__(self, host, port=0, name="mx.example.net", **behaviour):
         self.host, self.port, self.name = host, port, name
@@ -463,7 +471,13 @@ class Exchanger:
         self.reset = False
         self.greeting_delay = 0
         self.extensions = self.EXTENSIONS
+        self.connection_limit = self.recipient_limit = None
+        self.too_many = "452 4.5.3 Error: too many recipients"
         self.connections = []
+        self.refused = []           # the connections beyond the limit: these are not among the others
+        self.most = 0               # how many connections were served at once, at most
+        self._served = 0            # how many are served now
+        self._counting = threading.Lock()
         self.messages = []          # those it answered with 250, in order
         self.set(**behaviour)
         self.start()
@@ -497,12 +511,19 @@ class Exchanger:
 
     def _serve(self, sock, client):
         connection = Connection(sock, client)
-        self.connections.append(connection)
-        try:
-            self._converse(connection)
-        except OSError:
-            pass        # hung up, by one side or the other
+        with self._counting:
+            full = self.connection_limit is not None and self._served >= self.connection_limit
+            (self.refused if full else self.connections).append(connection)
+            self._served += not full
+            self.most = max(self.most, self._served)
+        with contextlib.suppress(OSError):      # hung up, by one side or the other
+            if full:
+                connection.reply(self.BUSY)
+            else:
+                self._converse(connection)
         connection.closed = True
+        with self._counting:
+            self._served -= not full
 
     def _converse(self, c):
         self._stopped.wait(self.greeting_delay)
@@ -514,16 +535,17 @@ class Exchanger:
                 return
             verb, _, argument = line.partition(" ")
             verb = verb.upper()
+            path = self.PATH.fullmatch(line)
             if verb in ("EHLO", "HELO"):
                 if self._say(c, verb, self._hello(verb)):
                     helo, message = argument, None
-            elif verb == "MAIL" and argument.startswith("FROM:<") and helo and not message:
+            elif verb == "MAIL" and path and helo and not message:
                 if self._say(c, verb, "250 2.1.0 Ok"):
-                    message = Message(c, helo, argument[len("FROM:"):])
-            elif verb == "RCPT" and argument.startswith("TO:<") and message:
-                path = argument[len("TO:"):argument.rindex(">") + 1]
-                if self._say(c, verb, "250 2.1.5 Ok", path):
-                    message.recipients.append(path)
+                    message = Message(c, helo, path["path"] + path["parameters"])
+            elif verb == "RCPT" and path and message:
+                full = self.recipient_limit is not None and len(message.recipients) >= self.recipient_limit
+                if self._say(c, verb, self.too_many if full else "250 2.1.5 Ok", path["path"]):
+                    message.recipients.append(path["path"])
             elif verb == "DATA" and message:
                 usual = "354 End data with <CR><LF>.<CR><LF>" if message.recipients else self.NOBODY
                 if self._say(c, verb, usual):
@@ -594,7 +616,10 @@ class Exchanger:
 
     @staticmethod
     def _positive(reply):
-        return reply[:1] in ("2", "3", b"2", b"3")
+        text = reply.decode("latin-1") if isinstance(reply, bytes) else reply
+        lines = text.replace("\r\n", "\n").split("\n")
+        last = next((line for line in lines if line[3:4] != "-"), lines[-1])
+        return last[:1] in ("2", "3")
 
 
 def loopback():

@@ -162,6 +162,69 @@ def test_exchanger_plays_its_part(exchangers):
     assert content.endswith(b"\r\n.\r\n")
 
 
+def test_exchanger_knows_commands_in_any_case(exchangers):
+    """RFC 5321 2.4; and with the blanks that 3.3 forbids."""
+    mx, = exchangers(1)
+    transcript(Client(mx.port, mx.host, greeting=False), """
+        S: 220 mx1.example.net ESMTP
+        C: helo me.com
+        S: 250 mx1.example.net
+        C: mail From: <Nour@example.org> BODY=8BITMIME
+        C: Rcpt tO:	<B@example.net>
+        C: RCPT TO<c@example.net>
+        C: data
+        S: 250 2.1.0 Ok
+        S: 250 2.1.5 Ok
+        S: 503 ...
+        S: 354 ...
+        C: .
+        S: 250 2.0.0 Ok
+    """)
+    message, = mx.messages
+    assert message.reverse_path == "<Nour@example.org> BODY=8BITMIME"
+    assert message.recipients == ["<B@example.net>"]
+
+
+def test_exchanger_counts_connections(exchangers):
+    mx, = exchangers(1)
+    mx.set(connection_limit=2)
+    clients = [Client(mx.port, mx.host) for _ in range(3)]
+    assert [client.greeting[:3] for client in clients] == ["220", "220", "421"]
+    assert clients[2].eof()
+    assert (len(mx.connections), len(mx.refused), mx.most) == (2, 1, 2)
+    assert clients[0].say("QUIT").startswith("221 ")
+    assert clients[0].eof()
+    wait_for(lambda: Client(mx.port, mx.host).greeting.startswith("220 "))
+    assert mx.most == 2
+
+
+def test_exchanger_counts_recipients_of_a_transaction(exchangers):
+    mx, = exchangers(1)
+    mx.set(recipient_limit=2)
+    with Client(mx.port, mx.host) as client:
+        client.say("HELO me.com")
+        for _ in range(2):
+            client.say("MAIL FROM:<>")
+            replies = [client.say(f"RCPT TO:<{name}@example.net>") for name in "abc"]
+            assert [reply[:9] for reply in replies] == ["250 2.1.5", "250 2.1.5", "452 4.5.3"]
+            client.say("RSET")
+
+
+def test_exchanger_means_what_its_last_line_says(exchangers):
+    mx, = exchangers(1)
+    mx.set(replies={("RCPT", "<a@example.net>"): "250-2.1.5 Ok\n550 5.1.1 nobody",
+                    ("RCPT", "<b@example.net>"): b"550-5.1.1 nobody\r\n250 2.1.5 Ok\r\n"})
+    with Client(mx.port, mx.host) as client:
+        client.say("HELO me.com")
+        client.say("MAIL FROM:<>")
+        assert client.say("RCPT TO:<a@example.net>") == "250-2.1.5 Ok\n550 5.1.1 nobody"
+        client.say("RCPT TO:<b@example.net>")
+        assert client.say("DATA").startswith("354 ")
+        client.send(b".\r\n")
+        client.reply()
+    assert mx.messages[0].recipients == ["<b@example.net>"]
+
+
 def test_exchanger_goes_and_comes_back(exchangers):
     mx, = exchangers(1)
     mx.set(stall_at="MAIL")
