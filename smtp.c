@@ -1653,29 +1653,28 @@ static void run(const sigset_t *open)
  * some systems; a zero is the same to both. */
 int setgroups(size_t count, const gid_t *groups);
 
+/* By subject, and no longer than a screen: 24 lines of 80 columns, with the prompt. */
 static const char usage_text[] =
     "usage: smtp [options] address...    serve on these addresses\n"
     "       smtp -l [-q spool]           list the queue\n"
-    "  -a network     let these clients relay, too: 192.0.2.0/24, 2001:db8::/32\n"
-    "  -c number      connections from one client at once, 0 for any (a quarter of the table)\n"
-    "  -d domain      take mail for this domain only; may be repeated (all)\n"
-    "  -e seconds     give up on a message after (5 days)\n"
-    "  -h hostname    call ourselves so (the system's name)\n"
-    "  -j number      forwarders at once (50)\n"
-    "  -M address     where mail to <Postmaster> goes (postmaster@hostname)\n"
-    "  -m octets      largest message, 0 for any (50 MiB)\n"
-    "  -n host[:port] ask this name server (those of /etc/resolv.conf)\n"
-    "  -P port        where exchangers listen (25)\n"
-    "  -p port        where to listen, 0 for any that is free (25)\n"
-    "  -q spool       where messages are kept (/var/spool/smtp)\n"
-    "  -r seconds     first retry after (300), doubled up to an hour\n"
-    "  -s host[:port] send all mail to this smarthost\n"
-    "  -t seconds     silence after which a client is dropped (300)\n"
-    "  -u user        as root, become this user (smtp, or nobody)\n"
-    "  -V             print the version\n"
-    "  -v             log both dialogues, line by line\n"
-    "  -w seconds     longest wait for an exchanger (RFC 5321's times)\n"
-    "  -X network     proxies that name their clients (PROXY protocol, version 2)\n";
+    "serving     -p port         listen on this port, 0 for any that is free (25)\n"
+    "            -h hostname     our name (the system's)\n"
+    "            -q spool        where messages are kept (/var/spool/smtp)\n"
+    "            -u user         as root, become this user (smtp, or nobody)\n"
+    "            -v              log both dialogues (-V: print the version)\n"
+    "clients     -a network      these may relay, too: 192.0.2.0/24, 2001:db8::/32\n"
+    "            -X network      proxies that name their clients (PROXY protocol 2)\n"
+    "            -c number       connections per address, 0: any (1/4 of the table)\n"
+    "            -d domain       take mail for this domain only, may be repeated\n"
+    "            -M address      where mail to <Postmaster> goes (the hostname's)\n"
+    "            -m size         largest message in octets or K, M, G, 0: any (50M)\n"
+    "            -t time         drop a client after this silence, in s, m, h, d (5m)\n"
+    "exchangers  -n host[:port]  ask this name server (those of /etc/resolv.conf)\n"
+    "            -P port         where exchangers listen (25)\n"
+    "            -s host[:port]  send all mail to this smarthost\n"
+    "            -w time         longest wait for an exchanger (RFC 5321's times)\n"
+    "queue       -j number       forwarders at once (50)\n"
+    "            -r, -e time     first retry after (5m), give up after (5d)\n";
 
 /* One line that says what is wrong on the command line. */
 static void misused(const char *format, ...)
@@ -1700,14 +1699,40 @@ static void version(void)
     exit(fflush(stdout) == 0 ? 0 : 1);
 }
 
+/* The units that may stand behind a number: a letter each, and its factor. */
+static const struct units {
+    const char *letters;
+    unsigned long factors[4];
+    const char *explained;
+} no_units = { "", { 0 }, "" },
+    size_units = { "KMG", { 1024, 1024 * 1024, 1024 * 1024 * 1024 }, ", or one with K, M or G behind it such as 50M" },
+    time_units = { "smhd", { 1, 60, 3600, 86400 }, " seconds, or one with s, m, h or d behind it such as 5m" };
+
+/* Reads an option's value in decimal digits, with one of `units` behind them or
+ * with none.  Exits if it is not between `least` and `most`. */
+static unsigned long long quantity(int option, const char *text, const struct units *units,
+    unsigned long long least, unsigned long long most)
+{
+    const char *unit;
+    char *end;
+    unsigned long long value, factor = 1;
+
+    errno = 0;
+    value = strtoull(text, &end, 10);
+    unit = *end != '\0' ? strchr(units->letters, *end) : NULL;
+    if (unit != NULL) {
+        factor = units->factors[unit - units->letters];
+        end++;
+    }
+    if (*text < '0' || *text > '9' || *end != '\0' || errno == ERANGE || value > most / factor
+        || value * factor < least)
+        misused("-%c takes a number from %llu to %llu%s, not '%s'", option, least, most, units->explained, text);
+    return value * factor;
+}
+
 static unsigned long long number(int option, const char *text, unsigned long long least, unsigned long long most)
 {
-    char *end;
-    unsigned long long value = strtoull(text, &end, 10);
-
-    if (*text < '0' || *text > '9' || *end != '\0' || value < least || value > most)
-        misused("-%c takes a number from %llu to %llu, not '%s'", option, least, most, text);
-    return value;
+    return quantity(option, text, &no_units, least, most);
 }
 
 static struct network network_parse(int option, const char *text)
@@ -1941,23 +1966,23 @@ static void read_options(int argc, char **argv, unsigned *port, const char **use
         case 'a': add_network(&settings.allowed, option, optarg); break;
         case 'c': settings.per_address = (long)number(option, optarg, 0, LONG_MAX); break;
         case 'd': add_domain(optarg); break;
-        case 'e': settings.expire = (long)number(option, optarg, 1, LONG_MAX / 1000); break;
+        case 'e': settings.expire = (long)quantity(option, optarg, &time_units, 1, LONG_MAX / 1000); break;
         case 'h': settings.hostname = optarg; break;
         case 'j': settings.forwarders = (long)number(option, optarg, 1, 10000); break;
         case 'l': *list = true; break;
         case 'M': settings.postmaster = optarg; break;
-        case 'm': settings.max_size = number(option, optarg, 0, ULLONG_MAX); break;
+        case 'm': settings.max_size = quantity(option, optarg, &size_units, 0, ULLONG_MAX); break;
         case 'n': add_nameserver(optarg); break;
         case 'P': settings.mx_port = (unsigned)number(option, optarg, 1, 65535); break;
         case 'p': *port = (unsigned)number(option, optarg, 0, 65535); break;
         case 'q': settings.spool = optarg; break;
-        case 'r': settings.retry = (long)number(option, optarg, 1, 86400); break;
+        case 'r': settings.retry = (long)quantity(option, optarg, &time_units, 1, 86400); break;
         case 's': smarthost = optarg; break;
-        case 't': settings.idle = (long)number(option, optarg, 1, 86400); break;
+        case 't': settings.idle = (long)quantity(option, optarg, &time_units, 1, 86400); break;
         case 'u': *user = optarg; break;
         case 'V': version(); break;
         case 'v': settings.verbose = true; break;
-        case 'w': settings.wait = (long)number(option, optarg, 1, 86400); break;
+        case 'w': settings.wait = (long)quantity(option, optarg, &time_units, 1, 86400); break;
         case 'X': add_network(&settings.proxies, option, optarg); break;
         case ':':
             if (optopt == 'h')      /* who says smtp -h wants help */

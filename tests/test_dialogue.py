@@ -77,7 +77,9 @@ def test_helo_tells_each_client_its_port(server):
         assert one.local_port != other.local_port
 
 
-@pytest.mark.parametrize("options, size", [((), 50 * 1024 * 1024), (("-m", 1000), 1000), (("-m", 0), 0)])
+@pytest.mark.parametrize("options, size", [
+    ((), 50 * 1024 * 1024), (("-m", 1000), 1000), (("-m", 0), 0), (("-m", "3K"), 3 * 1024), (("-m", "25M"), 25 * 1024 ** 2),
+    (("-m", "2G"), 2 * 1024 ** 3), (("-m", "17179869183G"), 2 ** 64 - 2 ** 30), (("-m", 2 ** 64 - 1), 2 ** 64 - 1)])
 def test_ehlo_lists_the_extensions(relay, options, size):
     with relay(*options).client() as client:
         transcript(client, f"""

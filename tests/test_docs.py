@@ -9,7 +9,7 @@ from lab import ROOT, run
 DOCS = sorted(ROOT.glob("docs/*.md")) + [ROOT / "README.md"]
 SOURCES = "".join((ROOT / name).read_text() for name in ("smtp.h", "smtp.c", "forward.c", "dns.c"))
 TESTS = "".join(path.read_text() for path in ROOT.glob("tests/**/test_*.py"))
-OPTIONS = sorted(set(re.findall(r"^  -(\w) ", run("-h").stderr, re.MULTILINE)) | {"l"})
+OPTIONS = sorted(set(re.findall(r"(?<!\S)\(?-(\w)\b", run("-h").stderr)))
 
 
 @pytest.mark.parametrize("path", DOCS, ids=lambda path: path.name)

@@ -79,11 +79,15 @@ def process_status(pid):
 @pytest.mark.parametrize("option, values", [
     ("-p", ["", "x", "-1", "+1", " 1", "65536", "25x", "0x19"]),
     ("-P", ["", "x", "0", "-1", "65536"]),
-    *((option, ["", "x", "-1", "1k", "1.5"]) for option in ("-c", "-m")),
+    ("-c", ["", "x", "-1", "1k", "1M", "1.5"]),
+    ("-m", ["", "x", "M", "-1", "-1M", "1.5M", "1k", "1m", "1s", "1MB", "1M ", "9" * 30, str(2**64), "17179869184G"]),
     ("-d", ["", " ", "x y", "x,y", "@example.net", "a@example.net", "example.net.", ".example.net", "*.example.net",
             "a..b", "-x", "a_b", "192.0.2.1]", "[192.0.2.1", "[192.0.2.256]", "[2001:db8::1]", "[IPv6:192.0.2.1]", "[]",
             "a\nb", "x" * 64, "x." * 130 + "x"]),
-    *((option, ["", "x", "0", "-1", "1m", "9" * 30]) for option in ("-e", "-j", "-r", "-t", "-w")),
+    ("-j", ["", "x", "0", "-1", "1m", "9" * 30]),
+    *((option, ["", "x", "m", "0", "0d", "-1", "-1m", "1.5h", "1M", "1w", "1mm", "1m ", "9" * 30, "9" * 15 + "d",
+                "213503982334602d"]) for option in ("-e", "-r", "-t", "-w")),
+    *((option, ["86401", "2d", "25h", "1441m"]) for option in ("-r", "-t", "-w")),
     ("-n", ["", "x", "example.net", "192.0.2.256", "192.0.2.1:", "192.0.2.1:x", "192.0.2.1:65536", "[2001:db8::1"]),
     ("-s", ["", "-x", "a b", "a..b", "192.0.2.1:x", "example.net:65536", "[2001:db8::1", "a@example.net"]),
     ("-M", ["", "x", "@example.net", "a@", "<a@example.net>", "a@b c", "a@example.net,b@example.net",
@@ -113,8 +117,28 @@ def test_usage_names_every_option(arguments):
     ended = run(*arguments)
     assert ended.returncode == 2 and ended.stdout == ""
     for option in "acdehjMmnPpqrstuVvwX":
-        assert re.search(rf"^  -{option}\b", ended.stderr, re.MULTILINE)
+        assert re.search(rf"(?<!\S)\(?-{option}\b", ended.stderr)
     assert re.search(r"smtp -l \[-q spool\]", ended.stderr)
+
+
+def test_usage_fits_a_screen():
+    """Of 24 lines, with the next prompt, and 80 columns."""
+    lines = run("-h").stderr.splitlines()
+    assert len(lines) < 24 and max(map(len, lines)) <= 80
+
+
+@pytest.mark.parametrize("option, value, taken", [
+    ("-m", "5x", "one with K, M or G"), ("-e", "1w", "one with s, m, h or d"), ("-t", "2d", "1 to 86400 seconds")])
+def test_a_wrong_value_is_told_what_is_taken(option, value, taken):
+    assert taken in refusal(2, option, value, *HERE)
+
+
+@pytest.mark.parametrize("most", ["86400", "86400s", "1440m", "24h", "1d"])
+def test_times_take_units(most):
+    """A day is the most that -r, -t and -w take: what is left to find fault with is that no address is named."""
+    for option in "-r", "-t", "-w":
+        assert "name an address" in refusal(2, option, most)
+    assert "name an address" in refusal(2, "-e", most.replace("1d", "20d"))
 
 
 # ---- What the options do, where no other file tells -----------------------------------------------
