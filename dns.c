@@ -32,7 +32,6 @@
 enum {
     DNS_PORT = 53,
     NAME_LIMIT = 253,       /* a name as text: 255 octets on the wire (RFC 1035 2.3.4) */
-    LABEL_LIMIT = 63,
     QUERY_SIZE = 12 + 255 + 4 + 11,     /* header, name, type and class, OPT */
     ANSWER_SIZE = 65535,    /* the most that TCP's two octets of length can say */
     UDP_SIZE = 1232,        /* what we say we take (RFC 6891 6.2.5): no fragments */
@@ -57,6 +56,91 @@ bool address_parse(const char *text, unsigned port, union address *a)
         return false;
     address_set_port(a, port);
     return true;
+}
+
+/*
+ * Address literals.  RFC 5321 4.1.3 decides what is one, not inet_pton(): the
+ * libraries differ about leading zeros, which Snum allows, and about a :: that
+ * stands for a single group, which IPv6-comp forbids.
+ */
+
+static const char *skip_ipv4(const char *p, unsigned char octets[4])
+{
+    for (size_t i = 0; i < 4; i++) {
+        size_t digits;
+        unsigned long value;
+
+        if (i > 0 && *p++ != '.')
+            return NULL;
+        digits = strspn(p, "0123456789");
+        if (digits < 1 || digits > 3)
+            return NULL;
+        value = strtoul(p, NULL, 10);
+        if (value > 255)
+            return NULL;
+        octets[i] = (unsigned char)value;
+        p += digits;
+    }
+    return p;
+}
+
+/* Reads up to the ] behind the address. */
+static const char *skip_ipv6(const char *p, unsigned char octets[16])
+{
+    enum { SIZE = 16, NONE = SIZE + 1 };
+    size_t count = 0, gap = NONE;       /* octets read, and how many of them stand before the :: */
+
+    while (*p != ']') {
+        size_t digits;
+
+        if (gap == NONE && strncmp(p, "::", 2) == 0) {
+            gap = count;
+            p += 2;
+            if (*p == ']')
+                break;
+        } else if (count > 0 && *p++ != ':') {
+            return NULL;
+        }
+        digits = strspn(p, "0123456789ABCDEFabcdef");
+        if (p[digits] == '.') {         /* the last four octets as an IPv4 address */
+            p = count + 4 <= SIZE ? skip_ipv4(p, octets + count) : NULL;
+            if (p == NULL || *p != ']')
+                return NULL;
+            count += 4;
+        } else {
+            unsigned long group = strtoul(p, NULL, 16);
+
+            if (digits < 1 || digits > 4 || count == SIZE)
+                return NULL;
+            octets[count++] = (unsigned char)(group >> 8);
+            octets[count++] = (unsigned char)(group & 0xff);
+            p += digits;
+        }
+    }
+    if (gap == NONE)
+        return count == SIZE ? p : NULL;
+    if (count > SIZE - 4)               /* :: stands for at least two groups */
+        return NULL;
+    memmove(octets + SIZE - (count - gap), octets + gap, count - gap);
+    memset(octets + gap, 0, SIZE - count);
+    return p;
+}
+
+const char *literal_parse(const char *text, unsigned port, union address *a)
+{
+    static const char tag[] = "[IPv6:";
+    unsigned char octets[16];
+    bool ipv6 = strncasecmp(text, tag, sizeof tag - 1) == 0;
+    const char *end = NULL;
+
+    if (ipv6)
+        end = skip_ipv6(text + sizeof tag - 1, octets);
+    else if (*text == '[')
+        end = skip_ipv4(text + 1, octets);
+    if (end == NULL || *end != ']')
+        return NULL;
+    address_set(a, octets, ipv6 ? 16 : 4, port);
+    return end + 1;
 }
 
 bool endpoint_parse(const char *text, unsigned default_port, char host[DNS_NAME_SIZE], unsigned *port)

@@ -1124,8 +1124,9 @@ static void find_route(struct route *route, const char *domain)
 {
     unsigned port = settings.smarthost != NULL ? settings.smarthost_port : settings.mx_port;
     struct dns_record host = { .preference = 0 };
-    char literal[DNS_NAME_SIZE];
+    char text[ADDRESS_TEXT];
     union address a;
+    bool known;             /* it is an address already */
 
     snprintf(route->domain, sizeof route->domain, "%s", domain);
     route->open = NULL;
@@ -1133,22 +1134,18 @@ static void find_route(struct route *route, const char *domain)
     route->whole = true;
     route->outcome = SENT;
     if (settings.smarthost != NULL)
-        snprintf(literal, sizeof literal, "%s", settings.smarthost);
-    else if (strncasecmp(domain, "[IPv6:", 6) == 0)         /* RFC 5321 4.1.3 */
-        snprintf(literal, sizeof literal, "%.*s", (int)strcspn(domain + 6, "]"), domain + 6);
-    else if (domain[0] == '[')
-        snprintf(literal, sizeof literal, "%.*s", (int)strcspn(domain + 1, "]"), domain + 1);
+        known = address_parse(settings.smarthost, port, &a);
     else
-        snprintf(literal, sizeof literal, "%s", domain);
-    if ((settings.smarthost != NULL || domain[0] == '[') && address_parse(literal, port, &a)) {
-        bool self = !add_address(route, literal, 0, a, port);
+        known = literal_parse(domain, port, &a) != NULL;
+    if (known) {
+        bool self = !add_address(route, address_text(&a, text), 0, a, port);
 
         if (settings.smarthost != NULL && route->count == 0)
             no_smarthost(route, self);
         else if (self)
             no_route(route, FAILED, "5.4.6 mail for this address would loop back to this relay");
         else if (route->count == 0)
-            no_route(route, FAILED, "5.1.2 nobody has the address %s", literal);
+            no_route(route, FAILED, "5.1.2 nobody has the address %s", text);
     } else if (settings.smarthost != NULL) {
         strcpy(host.name, settings.smarthost);
         add_exchangers(route, &host, 1, port);

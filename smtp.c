@@ -488,9 +488,10 @@ static void end_overdue(void)
 /* ==== Addresses ========================================================== */
 
 /*
- * Each skip function takes the place where its part of the grammar should
- * begin and returns the place behind it, or NULL if it is not there.  The
- * character classes are ASCII's, whatever the locale says.
+ * The grammar of RFC 5321 4.1.2.  Each skip function is given the place where its
+ * part of the grammar should begin, and returns the place behind that part, or
+ * NULL if the text there does not fit.  Characters are classified as ASCII,
+ * whatever the locale.
  */
 
 static bool is_let_dig(char c)
@@ -503,90 +504,111 @@ static bool is_atext(char c)        /* RFC 5322 3.2.3 */
     return is_let_dig(c) || (c != '\0' && strchr("!#$%&'*+-/=?^_`{|}~", c) != NULL);
 }
 
-static const char *skip_domain(const char *p)
+static const char *skip_label(const char *p)
 {
-    const char *start = p, *label;
+    const char *start = p;
 
-    do {
-        for (label = p; is_let_dig(*p) || *p == '-'; p++)
-            ;
-        if (p == label || *label == '-' || p[-1] == '-' || p - label > 63)
-            return NULL;
-    } while (*p == '.' && p++ != NULL);
-    return p - start <= DOMAIN_LIMIT ? p : NULL;
+    while (is_let_dig(*p) || *p == '-')
+        p++;
+    if (p == start || *start == '-' || p[-1] == '-' || p - start > LABEL_LIMIT)
+        return NULL;
+    return p;
 }
 
-static const char *skip_literal(const char *p)      /* RFC 5321 4.1.3 */
+static const char *skip_domain(const char *p)
 {
-    char text[ADDRESS_TEXT];
-    union address a;
-    const char *close = *p == '[' ? strchr(p, ']') : NULL;
-    bool ipv6 = close != NULL && strncasecmp(p + 1, "IPv6:", 5) == 0;
-    size_t length;
+    const char *start = p;
 
-    if (close == NULL)
-        return NULL;
-    p += ipv6 ? 6 : 1;
-    length = (size_t)(close - p);
-    if (length >= sizeof text)
-        return NULL;
-    memcpy(text, p, length);
-    text[length] = '\0';
-    if (!address_parse(text, 0, &a) || (a.sa.sa_family == AF_INET6) != ipv6)
-        return NULL;
-    return close + 1;
+    p = skip_label(p);
+    while (p != NULL && *p == '.')
+        p = skip_label(p + 1);
+    return p != NULL && p - start <= DOMAIN_LIMIT ? p : NULL;
+}
+
+/* Whether all of `text` is a domain. */
+static bool is_domain(const char *text)
+{
+    const char *end = skip_domain(text);
+
+    return end != NULL && *end == '\0';
+}
+
+static const char *skip_atom(const char *p)
+{
+    const char *start = p;
+
+    while (is_atext(*p))
+        p++;
+    return p > start ? p : NULL;
+}
+
+static const char *skip_dot_string(const char *p)
+{
+    p = skip_atom(p);
+    while (p != NULL && *p == '.')
+        p = skip_atom(p + 1);
+    return p;
+}
+
+static const char *skip_quoted_string(const char *p)
+{
+    for (p++; *p != '"'; p++) {
+        if (*p == '\\')
+            p++;                    /* the next character stands for itself */
+        if (*p < ' ' || *p > '~')
+            return NULL;
+    }
+    return p + 1;
 }
 
 static const char *skip_local_part(const char *p)
 {
-    const char *start = p;
-
-    if (*p == '"') {                /* Quoted-string: any printable character or space */
-        for (p++; *p != '"'; p++) {
-            if (*p == '\\')
-                p++;
-            if (*p < ' ' || *p > '~')
-                return NULL;
-        }
-        p++;
-    } else {                        /* Dot-string */
-        do {
-            if (!is_atext(*p))
-                return NULL;
-            while (is_atext(*p))
-                p++;
-        } while (*p == '.' && p++ != NULL);
-    }
-    return p - start <= LOCAL_LIMIT ? p : NULL;
+    return *p == '"' ? skip_quoted_string(p) : skip_dot_string(p);
 }
 
 static const char *skip_mailbox(const char *p)
 {
+    union address literal;
+
     p = skip_local_part(p);
     if (p == NULL || *p != '@')
         return NULL;
-    return p[1] == '[' ? skip_literal(p + 1) : skip_domain(p + 1);
+    p++;
+    return *p == '[' ? literal_parse(p, 0, &literal) : skip_domain(p);
 }
 
-/* Reads a path, < and > included, and copies its mailbox.  A source route is
- * read and left out (RFC 5321 appendix C). */
-static const char *take_path(const char *p, char mailbox[PATH_LIMIT])
+/* A source route, which RFC 5321 appendix C has servers accept and ignore. */
+static const char *skip_route(const char *p)
+{
+    do {
+        if (*p != '@')
+            return NULL;
+        p = skip_domain(p + 1);
+        if (p == NULL || (*p != ',' && *p != ':'))
+            return NULL;
+        p++;
+    } while (p[-1] == ',');
+    return p;
+}
+
+/* Reads a path from its < to its >, copies its mailbox without the source route,
+ * and returns the place behind the path.  Returns NULL if there is none, and then
+ * sets `fault` to the reply if that is not just a syntax error.  No limit applies
+ * to the local part itself (RFC 5321 4.5.3.1: none where none is needed). */
+static const char *take_path(const char *p, char mailbox[PATH_LIMIT], const char **fault)
 {
     const char *start = p, *begin;
 
-    if (*p++ != '<')
+    if (*p != '<')
         return NULL;
-    if (*p == '@') {
-        do
-            p = skip_domain(p + 1);
-        while (p != NULL && strncmp(p, ",@", 2) == 0 && p++ != NULL);
-        if (p == NULL || *p++ != ':')
-            return NULL;
+    begin = p[1] == '@' ? skip_route(p + 1) : p + 1;
+    p = begin != NULL ? skip_mailbox(begin) : NULL;
+    if (p == NULL || *p != '>')
+        return NULL;
+    if (p + 1 - start > PATH_LIMIT) {
+        *fault = "501 5.5.4 Error: path too long, 256 octets with < and > are the most";
+        return NULL;
     }
-    begin = p;
-    p = skip_mailbox(p);
-    if (p == NULL || *p != '>' || p + 1 - start > PATH_LIMIT)
-        return NULL;
     memcpy(mailbox, begin, (size_t)(p - begin));
     mailbox[p - begin] = '\0';
     return p + 1;
@@ -717,14 +739,15 @@ static bool is_relayed(const char *domain)
 
 /* ==== Commands =========================================================== */
 
-/* One word of printable characters. */
+/* Whether a HELO name is one word; take_command() has checked that a command is
+ * printable but for TABs. */
 static bool is_word(const char *text)
 {
-    return *text != '\0' && strlen(text) <= DOMAIN_LIMIT && strchr(text, ' ') == NULL;
+    return *text != '\0' && strlen(text) <= DOMAIN_LIMIT && strpbrk(text, " \t") == NULL;
 }
 
-/* Letters, digits and hyphens (RFC 5321 4.1.2) with dots between, or an address in
- * brackets.  No more is asked of it: it is not looked up. */
+/* Whether a word has only letters, digits and hyphens (RFC 5321 4.1.2) with dots
+ * between, or is something in brackets.  EHLO asks no more: names are not looked up. */
 static bool is_name(const char *word)
 {
     if (*word == '[')
@@ -734,8 +757,8 @@ static bool is_name(const char *word)
     return *word == '\0';
 }
 
-/* HELO and EHLO say who is there, and reset (RFC 5321 4.1.4).  False: they do
- * not, and the client has been told. */
+/* Takes the name from HELO or EHLO, both of which reset the session (RFC 5321
+ * 4.1.4).  Returns false if it cannot, after replying so. */
 static bool greet(struct session *s, const char *verb, const char *name)
 {
     char *copy;
@@ -762,7 +785,8 @@ static void do_helo(struct session *s, const char *argument)
         reply(s, "250 %u OK", s->port);
 }
 
-/* Stricter than HELO, to which clients fall back whose machine is called my_pc. */
+/* EHLO is stricter than HELO, so a client on a machine called my_pc is refused here
+ * and falls back to HELO. */
 static void do_ehlo(struct session *s, const char *argument)
 {
     if (is_word(argument) && !is_name(argument))
@@ -772,8 +796,8 @@ static void do_ehlo(struct session *s, const char *argument)
             "250-ENHANCEDSTATUSCODES\r\n250 HELP", settings.hostname, s->port, settings.max_size);
 }
 
-/* Appends a line to the draft.  False: that failed, which the client has been
- * told, and the transaction is over. */
+/* Appends a line to the draft.  If that fails, it says so to the client, ends the
+ * transaction and returns false. */
 static bool note(struct session *s, const char *format, ...)
 {
     char line[1024];
@@ -792,9 +816,23 @@ static bool note(struct session *s, const char *format, ...)
 
 #define TOO_BIG "552 5.3.4 Error: message too big, EHLO tells the limit"
 #define BAD_MAIL "501 5.5.4 Syntax: MAIL FROM:<address>"
+#define BAD_RCPT "501 5.5.4 Syntax: RCPT TO:<address>"
+#define BAD_VRFY "501 5.5.4 Syntax: VRFY address"
 
-/* MAIL's parameters: SIZE (RFC 1870) and BODY (RFC 6152), each once.  Returns
- * what is to be said against them, or NULL. */
+/* Returns what stands behind the "FROM:" or "TO:" of an argument, or NULL if the
+ * argument does not begin so.  Blanks behind the colon are skipped: RFC 5321 3.3
+ * forbids clients to send them, and printers and cameras do. */
+static const char *skip_keyword(const char *argument, const char *keyword)
+{
+    size_t length = strlen(keyword);
+
+    if (strncasecmp(argument, keyword, length) != 0)
+        return NULL;
+    return argument + length + strspn(argument + length, " \t");
+}
+
+/* Reads MAIL's parameters, SIZE (RFC 1870) and BODY (RFC 6152), each of which may
+ * be given once.  Returns NULL, or the reply that refuses them. */
 static const char *read_mail_parameters(const char *p, bool *eight_bit)
 {
     bool sized = false, bodied = false;
@@ -827,15 +865,15 @@ static const char *read_mail_parameters(const char *p, bool *eight_bit)
 static void do_mail(struct session *s, const char *argument)
 {
     char mailbox[PATH_LIMIT] = "";
-    const char *rest = NULL, *fault = BAD_MAIL;
-    bool eight_bit;
+    const char *path = skip_keyword(argument, "FROM:"), *rest = NULL, *fault = BAD_MAIL;
+    bool eight_bit = false;
 
     if (s->check) {
         reply(s, "550 5.7.1 Error: this is a proxy's own connection, which may not relay (smtp -a)");
         return;
     }
-    if (strncasecmp(argument, "FROM:", 5) == 0)
-        rest = strncmp(argument + 5, "<>", 2) == 0 ? argument + 7 : take_path(argument + 5, mailbox);
+    if (path != NULL)
+        rest = strncmp(path, "<>", 2) == 0 ? path + 2 : take_path(path, mailbox, &fault);
     if (rest != NULL)
         fault = read_mail_parameters(rest, &eight_bit);
     if (fault != NULL) {
@@ -858,24 +896,21 @@ static void do_mail(struct session *s, const char *argument)
 
 static void do_rcpt(struct session *s, const char *argument)
 {
+    static const char everyones[] = "<Postmaster>";     /* RFC 5321 4.5.1 */
     char mailbox[PATH_LIMIT];
-    const char *rest = NULL, *domain = NULL;
-    bool postmaster = false;
+    const char *path = skip_keyword(argument, "TO:"), *rest = NULL, *domain = NULL, *fault = BAD_RCPT;
+    bool postmaster = path != NULL && strncasecmp(path, everyones, strlen(everyones)) == 0;
 
-    if (strncasecmp(argument, "TO:", 3) == 0) {
-        argument += 3;
-        postmaster = strncasecmp(argument, "<Postmaster>", 12) == 0;    /* RFC 5321 4.5.1 */
-        if (postmaster) {
-            rest = argument + 12;
-            snprintf(mailbox, sizeof mailbox, "%s", settings.postmaster);
-        } else {
-            rest = take_path(argument, mailbox);
-        }
+    if (postmaster) {
+        rest = path + strlen(everyones);
+        snprintf(mailbox, sizeof mailbox, "%s", settings.postmaster);
+    } else if (path != NULL) {
+        rest = take_path(path, mailbox, &fault);
     }
     if (rest != NULL)
         domain = strrchr(mailbox, '@') + 1;
     if (rest == NULL || (*rest != '\0' && *rest != ' ')) {
-        reply(s, "501 5.5.4 Syntax: RCPT TO:<address>");
+        reply(s, "%s", fault);
     } else if (*rest != '\0') {
         reply(s, "555 5.5.4 Error: RCPT takes no parameters");
     } else if (!postmaster && !is_relayed(domain)) {
@@ -918,16 +953,18 @@ static void do_rset(struct session *s, const char *argument)
     reply(s, "250 2.0.0 Ok");
 }
 
-/* A user's name or a mailbox; who is behind it is not said (RFC 5321 7.3). */
+/* Takes a user's name, a mailbox or a path, and never tells whether it exists (RFC
+ * 5321 7.3). */
 static void do_vrfy(struct session *s, const char *argument)
 {
     char mailbox[PATH_LIMIT];
-    const char *end = *argument == '<' ? take_path(argument, mailbox) : skip_mailbox(argument);
+    const char *fault = BAD_VRFY;
+    const char *end = *argument == '<' ? take_path(argument, mailbox, &fault) : skip_mailbox(argument);
 
-    if (end == NULL)
+    if (end == NULL && *argument != '<')
         end = skip_local_part(argument);
     if (end == NULL || *end != '\0')
-        reply(s, "501 5.5.4 Syntax: VRFY address");
+        reply(s, "%s", fault);
     else
         reply(s, "252 2.0.0 Cannot verify an address here, but will take mail for it and try to deliver");
 }
@@ -939,8 +976,8 @@ static void do_quit(struct session *s, const char *argument)
     start_closing(s);
 }
 
-/* A browser that was tricked into posting to us has our commands in the body of
- * its request: it must not get as far as that. */
+/* A web page can make its reader's browser send a request here whose body holds
+ * SMTP commands.  The session ends at the head of such a request. */
 static void do_http(struct session *s, const char *argument)
 {
     (void)argument;
@@ -955,14 +992,11 @@ static void do_http(struct session *s, const char *argument)
 
 #define NOT_IMPLEMENTED "502 5.5.1 Error: command not implemented"
 
-/* The commands.  `says` is the whole answer of one that does nothing; of one
- * that has a handler it is what an argument is answered, where there must be
- * none.  `out_of_order` is the answer in the phases it may not come in. */
 static const struct command {
     const char *verb;
-    void (*handle)(struct session *, const char *argument);
-    const char *says;
-    const char *out_of_order[ADDRESSED + 1];    /* CONNECTED, READY, MAILED, ADDRESSED */
+    void (*handle)(struct session *, const char *argument);     /* NULL: `says` is the whole reply */
+    const char *says;       /* the reply to an argument, of a command that takes none */
+    const char *out_of_order[ADDRESSED + 1];    /* the reply in CONNECTED, READY, MAILED, ADDRESSED; NULL: allowed */
 } commands[] = {
     { "HELO", do_helo, NULL, { NULL } },
     { "EHLO", do_ehlo, NULL, { NULL } },
@@ -984,16 +1018,9 @@ static const struct command {
     { "STARTTLS", NULL, NOT_IMPLEMENTED, { NULL } },
     { "BDAT", NULL, NOT_IMPLEMENTED, { NULL } },
     { "GET", do_http, NULL, { NULL } },
-    { "HEAD", do_http, NULL, { NULL } },
     { "POST", do_http, NULL, { NULL } },
-    { "PUT", do_http, NULL, { NULL } },
-    { "PATCH", do_http, NULL, { NULL } },
-    { "DELETE", do_http, NULL, { NULL } },
-    { "CONNECT", do_http, NULL, { NULL } },
-    { "OPTIONS", do_http, NULL, { NULL } },
-    { "TRACE", do_http, NULL, { NULL } },
-    { "HOST:", do_http, NULL, { NULL } },           /* behind any method a script may choose */
-    { "", NULL, "500 5.5.2 Error: command not recognized", { NULL } }   /* fits all else */
+    { "HOST:", do_http, NULL, { NULL } },           /* follows every other method (RFC 9112 3.2) */
+    { "", NULL, "500 5.5.2 Error: command not recognized", { NULL } }   /* the last row: all other verbs */
 };
 
 static void dispatch(struct session *s, char *line)
@@ -1012,14 +1039,15 @@ static void dispatch(struct session *s, char *line)
         c->handle(s, argument);
 }
 
-/* Consumes a command line, if a whole one is there, and answers it. */
+/* Consumes one command line and replies to it; returns the octets consumed, or 0 if
+ * the end of the line has not come yet. */
 static size_t take_command(struct session *s, const char *bytes, size_t size)
 {
     char text[COMMAND_LIMIT + 1];
     const char *lf = memchr(bytes, '\n', size);
     struct line line;
 
-    if (!s->spoken && lf != NULL) {     /* the very first line: somebody at nc? */
+    if (!s->spoken && lf != NULL) {     /* nc sends a bare LF, and its first line shows it */
         s->spoken = true;
         s->lf = lf == bytes || lf[-1] != '\r';
     }
@@ -1028,7 +1056,7 @@ static size_t take_command(struct session *s, const char *bytes, size_t size)
         s->skipping = s->skipping || line.length >= COMMAND_LIMIT;
         return s->skipping ? line.length : 0;
     }
-    extend_deadline(s);     /* for whole lines, not for octets */
+    extend_deadline(s);     /* only for whole lines: a client that sends octet by octet gains no time */
     if (s->skipping || line.used > COMMAND_LIMIT) {
         s->skipping = false;
         reply(s, "500 5.5.2 Error: line too long");
@@ -1036,12 +1064,12 @@ static size_t take_command(struct session *s, const char *bytes, size_t size)
     }
     memcpy(text, bytes, line.length);
     while (line.length > 0 && (text[line.length - 1] == ' ' || text[line.length - 1] == '\t'))
-        line.length--;                  /* RFC 5321 4.1.1: to be tolerated */
+        line.length--;                  /* RFC 5321 4.1.1: servers tolerate them */
     text[line.length] = '\0';
     if (settings.verbose)
         log_dialogue(s, "C", text);
     for (size_t i = 0; i < line.length; i++)
-        if (text[i] < ' ' || text[i] > '~') {
+        if ((text[i] < ' ' && text[i] != '\t') || text[i] > '~') {
             reply(s, "500 5.5.2 Error: a command is printable ASCII and ends with CRLF");
             return line.used;
         }
@@ -1769,11 +1797,12 @@ static void add_network(struct networks *networks, int option, const char *text)
 static void add_domain(const char *text)
 {
     const char **more = realloc(settings.domains, (settings.domain_count + 1) * sizeof *more);
-    const char *end = text[0] == '[' ? skip_literal(text) : skip_domain(text);
+    union address literal;
+    const char *end = literal_parse(text, 0, &literal);
 
     if (more == NULL)
         die("no memory");
-    if (end == NULL || *end != '\0')
+    if (!is_domain(text) && (end == NULL || *end != '\0'))
         misused("-d %s: not a domain such as example.org", text);
     settings.domains = more;
     settings.domains[settings.domain_count++] = text;
@@ -1796,10 +1825,9 @@ static void set_smarthost(const char *text)
 {
     static char host[DNS_NAME_SIZE];
     union address a;
-    const char *end;
 
     if (!endpoint_parse(text, settings.mx_port, host, &settings.smarthost_port)
-        || (!address_parse(host, 0, &a) && ((end = skip_domain(host)) == NULL || *end != '\0')))
+        || (!address_parse(host, 0, &a) && !is_domain(host)))
         misused("-s %s: not a host such as mail.example.net or [2001:db8::25]:2525", text);
     settings.smarthost = host;
 }
@@ -1942,8 +1970,7 @@ static void default_names(void)
             die("this machine has no name: give one with -h");
         settings.hostname = hostname;
     }
-    end = skip_domain(settings.hostname);
-    if (end == NULL || *end != '\0')
+    if (!is_domain(settings.hostname))
         misused("'%s' is no host name: give one such as relay.example.org with -h", settings.hostname);
     if (settings.postmaster == NULL) {
         if ((size_t)snprintf(postmaster, sizeof postmaster, "postmaster@%s", settings.hostname) > PATH_LIMIT - 2)

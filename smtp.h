@@ -33,9 +33,9 @@
 /* ---- sizes ------------------------------------------------------------- */
 
 enum {
-    PATH_LIMIT = 256,       /* a path, its < and > included: RFC 5321 4.5.3.1.3 */
-    DOMAIN_LIMIT = 255,     /* a domain: 4.5.3.1.2 */
-    LOCAL_LIMIT = 64,       /* a local part: 4.5.3.1.1 */
+    PATH_LIMIT = 256,       /* octets of a path, its < and > included: RFC 5321 4.5.3.1.3 */
+    DOMAIN_LIMIT = 255,     /* octets of a domain: 4.5.3.1.2 */
+    LABEL_LIMIT = 63,       /* octets of one of its labels: RFC 1035 2.3.4 */
     RECIPIENT_LIMIT = 1000, /* RCPTs in a transaction: 4.5.3.1.8 asks for 100 */
     IDLES = 12,             /* times -t that a client has to complete a transaction */
     ID_SIZE = 48,           /* a message's name in the spool, with its NUL */
@@ -255,6 +255,11 @@ void dns_servers(const char *path, struct nameservers *servers);
 
 /* Sets `a` from an IPv4 or IPv6 address in text.  False: it is none. */
 bool address_parse(const char *text, unsigned port, union address *a);
+
+/* Reads an address literal (RFC 5321 4.1.3), [192.0.2.1] or [IPv6:2001:db8::1],
+ * and sets `a` from it.  Returns the place behind its ], or NULL if there is no
+ * such literal at `text`. */
+const char *literal_parse(const char *text, unsigned port, union address *a);
 
 /* Splits host, host:port or [host]:port.  False: too long, or no such port. */
 bool endpoint_parse(const char *text, unsigned default_port, char host[DNS_NAME_SIZE], unsigned *port);

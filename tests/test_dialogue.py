@@ -311,8 +311,13 @@ ADDRESSES = [
     f"{ATEXT}@example.net", f"a@{'x' * 63}.net",
     '"a"@example.net', '"a b"@example.net', '"a@b"@example.net', '"a>b"@example.net', '"<"@example.net',
     r'"a\"b\\c"@example.net', r'"\a"@example.net', '".a..b."@example.net', '""@example.net',
-    "a@[192.0.2.1]", "a@[IPv6:2001:db8::1]", "a@[ipv6:::1]", "a@[IPv6:::ffff:192.0.2.1]",
-    "a" * 64 + "@example.net", '"' + "a" * 62 + '"@example.net', LONGEST_PATH]
+    # RFC 5321 4.1.3.
+    "a@[192.0.2.1]", "a@[127.0.0.01]", "a@[000.01.002.255]", "a@[IPv6:2001:db8::1]", "a@[ipv6:::1]", "a@[IPv6:::]",
+    "a@[IPv6:1:2:3:4:5:6:7:8]", "a@[IPv6:0001:02:003:4:5:6:7:FffF]", "a@[IPv6:1:2:3:4:5:6::]", "a@[IPv6:1:2:3::4:5:6]",
+    "a@[IPv6:::1:2:3:4:5:6]", "a@[IPv6:1::]", "a@[IPv6:::ffff:192.0.2.1]", "a@[IPv6:::192.0.2.01]",
+    "a@[IPv6:1:2:3:4:5:6:192.0.2.1]", "a@[IPv6:1:2:3:4::192.0.2.1]", "a@[IPv6:1::4:192.0.2.1]",
+    "a" * 64 + "@example.net", "a" * 65 + "@example.net", "a" * 64 + "+caf_=b=example.org@example.net",
+    "a" * 242 + "@example.net", '"' + "a" * 240 + '"@example.net', LONGEST_PATH]
 
 NO_ADDRESSES = [
     "a", "a@", "@example.net", "@", "a@b@example.net", "a b@example.net", "a(b)@example.net", "a,b@example.net",
@@ -321,8 +326,18 @@ NO_ADDRESSES = [
     "a@example net", f"a@{'x' * 64}.net", " a@example.net", "a@example.net ", "<a@example.net>",
     '"a@example.net', '"a"b@example.net', 'a"b"@example.net', r'"a\"@example.net', '"a""b"@example.net',
     "a@192.0.2.1]", "a@[192.0.2.1", "a@[192.0.2.256]", "a@[192.0.2]", "a@[192.0.2.1]x", "a@[]", "a@[x]",
+    "a@[192.0.2.0001]", "a@[192..2.1]", "a@[.192.0.2.1]", "a@[192.0.2.1.]", "a@[192.0.2.1.1]", "a@[0xc0.0.2.1]",
+    "a@[192.0.2. 1]", "a@[3221225985]", "a@[192.0.2.-1]", "a@[192.0.2.1:25]",
     "a@[2001:db8::1]", "a@[IPv6:192.0.2.1]", "a@[IPv6:1::2::3]", "a@[IPv6:fe80::1%lo]", "a@[IPv6:]", "a@[tag:x]",
-    "a" * 65 + "@example.net", '"' + "a" * 63 + '"@example.net', LONGEST_PATH + "x", "a@" + label(256)]
+    "a@[IPv6:1:2:3:4:5:6:7::]", "a@[IPv6:::1:2:3:4:5:6:7]", "a@[IPv6:1:2:3::4:5:6:7]", "a@[IPv6:1:2:3:4:5:6:7:8::]",
+    "a@[IPv6:1:2:3:4:5::192.0.2.1]", "a@[IPv6:::1:2:3:4:5:192.0.2.1]", "a@[IPv6:1:2:3:4:5:6:7:192.0.2.1]",
+    "a@[IPv6:1:2:3:4:5:192.0.2.1]", "a@[IPv6:1:2:3:4:5:6:7]", "a@[IPv6:1:2:3:4:5:6:7:8:9]", "a@[IPv6:1:2:3:4:5:6:7:8:]",
+    "a@[IPv6::1:2:3:4:5:6:7:8]", "a@[IPv6:1::2:]", "a@[IPv6::1::2]", "a@[IPv6:::::]", "a@[IPv6:::: ]", "a@[IPv6::]",
+    "a@[IPv6:::00001]", "a@[IPv6:::g]", "a@[IPv6:::192.0.2.256]", "a@[IPv6:::192.0.2.1:1]", "a@[IPv6:::192.0.2.1",
+    "a@[IPv6:::1", "a@[IPv6::::1]", "a@[IPv6 ::1]", "a@[IPv6:::0x1]", "a@[IPv6:::+1]"]
+
+TOO_LONG = [LONGEST_PATH + "x", "a" * 243 + "@example.net", '"' + "a" * 241 + '"@example.net', "a@" + label(255),
+            "@a.example:" + LONGEST_PATH, "a" * 400 + "@example.net"]
 
 ROUTES = ["@a.example:", "@a.example,@b.example,@c.example:"]
 NO_ROUTES = ["@a.example", "@:", "a.example:", "@a.example,:", "@a.example,b.example:", "@a.example:@b.example:",
@@ -333,6 +348,9 @@ def paths(command):
     """RFC 5321 4.1.2."""
     for address in ADDRESSES:
         yield f"{command}:<{address}>", address
+    # Clients may not send blanks behind the colon (3.3), and some do.
+    for blanks in (" ", "\t", "  \t "):
+        yield f"{command}:{blanks}<a@example.net>", "a@example.net"
     for address in NO_ADDRESSES:
         yield f"{command}:<{address}>", None
     # Source routes are read and ignored (appendix C).
@@ -340,14 +358,15 @@ def paths(command):
         yield f"{command}:<{route}a@example.net>", "a@example.net"
     for route in NO_ROUTES:
         yield f"{command}:<{route}a@example.net>", None
-    # No space around the colon (3.3).
-    for form in ("", ":", ":a@example.net", ":<a@example.net", ":a@example.net>", ": <a@example.net>", " :<a@example.net>",
+    for form in ("", ":", ": ", ":a@example.net", ": a@example.net", ":<a@example.net", ":a@example.net>",
+                 " :<a@example.net>", "\t:<a@example.net>", ":< a@example.net>", ":<\ta@example.net>", ":<a@example.net\t>",
                  "<a@example.net>", ":<a@example.net>>", ":<a@example.net>x", ":<a@example.net>,<b@example.net>"):
         yield command + form, None
 
 
 @pytest.mark.parametrize("line, stored", [
-    *paths("MAIL FROM"), ("MAIL FROM:<>", ""), ("MAIL FROM:< >", None), ("MAIL", None), ("MAIL TO:<a@example.net>", None),
+    *paths("MAIL FROM"), ("MAIL FROM:<>", ""), ("MAIL FROM: <>", ""), ("MAIL FROM:\t<>", ""), ("MAIL FROM:< >", None),
+    ("MAIL FROM: <a@example.net> SIZE=1", "a@example.net"), ("MAIL FROM:<a@example.net>\tSIZE=1", None), ("MAIL", None), ("MAIL TO:<a@example.net>", None),
     ("MAIL FROM:<Postmaster>", None), ("MAIL  FROM:<a@example.net>", "a@example.net")])
 def test_reverse_path(introduced, server, line, stored):
     assert introduced.say(line) == (MAIL_SYNTAX if stored is None else "250 2.1.0 Ok")
@@ -358,7 +377,8 @@ def test_reverse_path(introduced, server, line, stored):
 
 @pytest.mark.parametrize("line, stored", [
     *paths("RCPT TO"), ("RCPT TO:<>", None), ("RCPT", None), ("RCPT FROM:<a@example.net>", None),
-    ("RCPT TO:<Postmaster>", f"postmaster@{HOSTNAME}"), ("RCPT TO:<pOSTMASTER>", f"postmaster@{HOSTNAME}"),
+    ("RCPT TO:<Postmaster>", f"postmaster@{HOSTNAME}"), ("RCPT TO: \t<Postmaster>", f"postmaster@{HOSTNAME}"),
+    ("RCPT TO:<pOSTMASTER>", f"postmaster@{HOSTNAME}"),
     ("RCPT TO:<Postmaster@example.net>", "Postmaster@example.net"), ("RCPT TO:<Postmasters>", None)])
 def test_forward_path(introduced, server, line, stored):
     """<Postmaster> needs no domain (RFC 5321 4.5.1)."""
@@ -366,6 +386,26 @@ def test_forward_path(introduced, server, line, stored):
     assert introduced.say(line) == (RCPT_SYNTAX if stored is None else "250 2.1.5 Ok")
     assert draft(server)[2:] == ([] if stored is None else [f"RCPT TO:<{stored}>"])
     introduced.say("RSET")
+
+
+@pytest.mark.parametrize("command", ["MAIL FROM:", "RCPT TO:", "VRFY "])
+@pytest.mark.parametrize("address", TOO_LONG)
+def test_a_path_that_is_too_long(introduced, server, command, address):
+    """RFC 5321 4.5.3.1.3, and in words that say so: 4.5.3.1.10."""
+    if command == "RCPT TO:":
+        introduced.say("MAIL FROM:<>")
+    before = server.tmp()
+    assert re.fullmatch("501 5.5.4 .*too long.*", introduced.say(f"{command}<{address}>"))
+    assert server.tmp() == before
+    introduced.say("RSET")
+
+
+def test_a_long_local_part_reaches_its_exchanger(world):
+    """Of 242 octets: the path is as long as a path may be."""
+    address = "a" * 242 + "@example.net"
+    world.relay.send(address, sender=address)
+    message, = world.exchanger.wait_for_messages(1)
+    assert (message.reverse_path.split()[0], message.recipients) == (f"<{address}>", [f"<{address}>"])
 
 
 def test_postmaster_goes_to_the_address_of_M(world, relay, tmp_path):
@@ -469,13 +509,22 @@ def test_longest_line_in_two_pieces(introduced, server, size, reply):
             assert introduced.say("RSET") == OK
 
 
-@pytest.mark.parametrize("octet", [b"\0", b"\1", b"\t", b"\r", b"\n", b"\r\r", b"\x1b", b"\x7f", b"\x80", b"\xff", "é".encode()])
+@pytest.mark.parametrize("octet", [b"\0", b"\1", b"\r", b"\n", b"\r\r", b"\x1b", b"\x7f", b"\x80", b"\xff", "é".encode()])
 @pytest.mark.parametrize("line", [b"NOOP a%sb", b"%sNOOP", b"NO%sOP", b"HELO me%s.com", b"MAIL FROM:<a%sb@example.org>",
                                   b'MAIL FROM:<"a%sb"@example.org>', b"QUIT%sQUIT"])
 def test_only_printable_ascii_is_a_command(introduced, server, line, octet):
     """A bare CR or LF is no line end, so what is behind it is no command either."""
     introduced.send(line % octet + b"\r\n")
     assert introduced.reply().startswith("500 5.5.2 ")
+    assert introduced.say("RCPT TO:<b@example.net>") == NEED_MAIL
+
+
+@pytest.mark.parametrize("line, reply", [
+    ("NOOP a\tb", "250 2.0.0 "), ("\tNOOP", UNKNOWN), ("NO\tOP", UNKNOWN), ("QUIT\tQUIT", UNKNOWN),
+    ("HELO me\t.com", "501 Syntax: HELO "), ("EHLO [me\t]", "501 Syntax: EHLO "), ("VRFY a\tb", "501 5.5.4 "),
+    ('MAIL FROM:<"a\tb"@example.org>', MAIL_SYNTAX), ("MAIL FROM:<a\tb@example.org>", MAIL_SYNTAX)])
+def test_a_tab_is_text_of_no_command(introduced, line, reply):
+    assert introduced.say(line).startswith(reply)
     assert introduced.say("RCPT TO:<b@example.net>") == NEED_MAIL
 
 

@@ -943,13 +943,26 @@ def test_address_literal(dns, exchangers, relay):
     assert not dns.queries
 
 
-@pytest.mark.parametrize("tag", ["IPv6:", "ipv6:"])
-def test_address_literal_of_ipv6(exchangers, relay, ipv6, tag):
+def test_address_literal_with_leading_zeros(dns, exchangers, relay):
+    """RFC 5321 4.1.3: Snum is one to three decimal digits, so 012 is 12."""
+    mx, = exchangers(1)
+    literal = "[" + ".".join(part.zfill(3) for part in mx.host.split(".")) + "]"
+    server = relay(mx_port=mx.port)
+    send(server, f"b@{literal}")
+    message, = mx.wait_for_messages(1)
+    assert message.recipients == [f"<b@{literal}>"]
+    assert outcome(server, f"b@{literal}").relay == f"[{mx.host}]"
+    assert not dns.queries
+
+
+@pytest.mark.parametrize("literal", ["[IPv6:::1]", "[ipv6:::1]", "[IPv6:0:0::0:0:1]", "[IPv6:0:0:0:0:0:0:0:0001]",
+                                     "[IPv6:0:0:0::0.0.0.001]"])
+def test_address_literal_of_ipv6(exchangers, relay, ipv6, literal):
     mx, = exchangers(0, "::1")
     server = relay(mx_port=mx.port)
-    send(server, f"b@[{tag}::1]")
+    send(server, f"b@{literal}")
     mx.wait_for_messages(1)
-    assert outcome(server, f"b@[{tag}::1]").relay == "[::1]"
+    assert outcome(server, f"b@{literal}").relay == "[::1]"
 
 
 @pytest.mark.parametrize("form, port", [

@@ -91,7 +91,7 @@ def process_status(pid):
     ("-n", ["", "x", "example.net", "192.0.2.256", "192.0.2.1:", "192.0.2.1:x", "192.0.2.1:65536", "[2001:db8::1"]),
     ("-s", ["", "-x", "a b", "a..b", "192.0.2.1:x", "example.net:65536", "[2001:db8::1", "a@example.net"]),
     ("-M", ["", "x", "@example.net", "a@", "<a@example.net>", "a@b c", "a@example.net,b@example.net",
-            "a" * 65 + "@example.net"]),
+            "a" * 243 + "@example.net"]),
     ("-h", ["", " ", "a b", "-x", "x-", "a..b", ".a", "a.", "a_b", "a\nb", "x" * 64, "x." * 130 + "x", "[192.0.2.1]"])])
 def test_a_value_that_cannot_be(spool, option, values):
     for value in values:
