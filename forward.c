@@ -19,10 +19,10 @@
  *
  * All lines end with CRLF.  The body stands as it goes over the wire, with its
  * dots doubled, so forwarding copies octets, and CRLF.CRLF stands nowhere but
- * at its end: that proves the file complete.  Nothing is ever rewritten.  A last
- * line without CRLF is one that a crash cut off: it does not count, and the next
- * try begins by cutting it away.  The modification time is when the next try is
- * due.
+ * at its end: that proves the file complete.  Nothing is ever rewritten.  A line
+ * that a crash or a full disk has torn does not count; the next record ends it with
+ * CR CR LF, and a bare CR stands in no line of ours.  The modification time is when
+ * the next try is due.
  *
  * The life of a message:
  *
@@ -523,6 +523,7 @@ struct recipient {
     char *address;
     enum outcome outcome;   /* LATER until there is another */
     char *said;             /* behind an outcome: the exchanger, a space, its words; or NULL */
+    unsigned tries;         /* how many records say `later` */
     bool pending;           /* in this try: not settled yet */
     bool unrecorded;        /* its outcome is not in the file yet */
     bool accepted;          /* RCPT was answered with 2xx */
@@ -537,13 +538,14 @@ struct message {
     unsigned long long size;    /* octets, by survey() */
     off_t body;             /* where the header begins */
     off_t end;              /* where the lone dot stands */
-    off_t whole;            /* behind the last whole line */
+    bool tried;             /* there are records below the dot */
     int64_t age;            /* seconds, as witnessed: see grow() */
     time_t due;             /* when the next try is to be, if this one ends without a word */
     struct recipient *recipients;
     size_t count;
     bool part;              /* this process tries only some recipients of it */
     bool gone;              /* removed from the queue */
+    int error;              /* errno of a read that failed, or 0 */
 };
 
 /* Reads a file line by line, from `at`, without touching its offset. */
@@ -551,28 +553,36 @@ struct reader {
     int fd;
     off_t at;
     size_t size, used, length;
+    bool inside;            /* inside a line that is too long */
+    int error;              /* errno of a read that failed, or 0 */
     char bytes[SPOOL_LINE];
 };
 
-/* The next line, its length in r->length and a NUL behind it; NULL at the end,
- * before a torn line, and for one that is longer than any of ours. */
+/* Returns the next line, with its length in r->length and a NUL behind it; NULL at
+ * the end, before a torn line, and after an error, which is then in r->error.  A line
+ * that this program cannot have written, because it holds a bare CR or LF or is too
+ * long, reads as an empty one, or as several. */
 static char *read_line(struct reader *r)
 {
     for (;;) {
         struct line line = next_line(r->bytes + r->used, r->size - r->used, false);
         char *text = r->bytes + r->used;
+        bool full = r->size - r->used == sizeof r->bytes;
         ssize_t n;
 
-        if (line.used > 0) {
-            r->used += line.used;
-            r->length = line.length;
-            text[line.length] = '\0';
+        if (line.used > 0 || full) {
+            r->length = line.used == 0 || r->inside || line.bare ? 0 : line.length;
+            r->inside = line.used == 0;
+            r->used += line.used > 0 ? line.used : line.length;
+            text[r->length] = '\0';
             return text;
         }
         r->size -= r->used;
         memmove(r->bytes, text, r->size);
         r->used = 0;
-        n = r->size == sizeof r->bytes ? 0 : pread(r->fd, r->bytes + r->size, sizeof r->bytes - r->size, r->at);
+        n = pread(r->fd, r->bytes + r->size, sizeof r->bytes - r->size, r->at);
+        if (n < 0)
+            r->error = errno;
         if (n <= 0)
             return NULL;
         r->at += n;
@@ -586,19 +596,24 @@ static off_t reader_offset(const struct reader *r)
     return r->at - (off_t)(r->size - r->used);
 }
 
-/* Where the lone dot stands: searched from the file's end, since a body may be
- * long and what stands below it is not.  -1: the file is not complete. */
-static off_t find_end(int fd, off_t body, off_t size)
+/* Finds the lone dot, searching from the file's end: a body may be long, and the
+ * records below it are short.  Returns its offset; -1 where the file is not complete,
+ * or cannot be read, and then m->error says why. */
+static off_t find_end(struct message *m, off_t size)
 {
     static const char mark[] = "\r\n.\r\n";
     enum { MARK = sizeof mark - 1 };
     char block[4096 + MARK];
     off_t high = size;
 
-    while (high > body) {
-        off_t low = high - 4096 > body ? high - 4096 : body;
-        ssize_t n = pread(fd, block, (size_t)(high - low) + MARK - 1, low);
+    while (high > m->body) {
+        off_t low = high - 4096 > m->body ? high - 4096 : m->body;
+        ssize_t n = pread(m->fd, block, (size_t)(high - low) + MARK - 1, low);
 
+        if (n < 0) {
+            m->error = errno;
+            return -1;
+        }
         for (ssize_t i = n - MARK; i >= 0; i--)
             if (memcmp(block + i, mark, MARK) == 0)
                 return low + i + 2;
@@ -667,6 +682,7 @@ static bool read_envelope(struct message *m)
         add_recipient(m, line + 9);
     }
     m->body = reader_offset(&r);
+    m->error = r.error;
     return line != NULL && strcmp(line, "DATA") == 0 && m->count > 0;
 }
 
@@ -690,10 +706,12 @@ static time_t apply_outcome(struct message *m, char *line)
             free(r->said);
             r->said = copy_text(end + 2);
             r->outcome = (enum outcome)i;
+            r->tries += i == LATER ? 1 : 0;
         }
     return when;
 }
 
+/* Reads the records below the dot: what has become of each recipient so far. */
 static void read_outcomes(struct message *m)
 {
     struct reader r = { .fd = m->fd, .at = m->end + 3 };
@@ -704,11 +722,12 @@ static void read_outcomes(struct message *m)
     while ((line = read_line(&r)) != NULL) {
         when = apply_outcome(m, line);
         if (when != 0) {
+            m->tried = true;
             m->age = grow(m->age, last, when);
             last = when;
         }
     }
-    m->whole = reader_offset(&r);
+    m->error = r.error;
     m->age = grow(m->age, last, wall_clock());
 }
 
@@ -724,7 +743,8 @@ static void message_free(struct message *m)
 }
 
 /* Reads the message behind `fd`, which it takes over: message_free() closes it.
- * False: the file is not one of ours. */
+ * Returns false if the file is not one of ours, or if not all of it can be read: a
+ * record that is missed would be a message sent twice. */
 static bool message_read(struct message *m, int fd, const char *id)
 {
     static const struct message fresh;
@@ -735,11 +755,20 @@ static bool message_read(struct message *m, int fd, const char *id)
     snprintf(m->id, sizeof m->id, "%s", id);
     if (fstat(fd, &st) != 0 || !read_envelope(m))
         return false;
-    m->end = find_end(fd, m->body, st.st_size);
+    m->end = find_end(m, st.st_size);
     if (m->end < 0)
         return false;
     read_outcomes(m);
-    return true;
+    return m->error == 0;
+}
+
+/* Logs why message_read() has returned false. */
+static void log_unread(const struct message *m)
+{
+    if (m->error != 0)
+        logmsg("queue/%s cannot be read (%s): left as it is", m->id, strerror(m->error));
+    else
+        logmsg("queue/%s is no whole message: left alone", m->id);
 }
 
 static const char *domain_of(const char *address)
@@ -799,25 +828,40 @@ static void settle_all(struct recipient **to, size_t count, enum outcome outcome
             settle(to[i], outcome, relay, words);
 }
 
-/* The lines for all recipients with an outcome that is not in the file yet, in
- * memory that is the caller's. */
-static char *outcome_lines(const struct message *m, enum outcome outcome, size_t *size)
+/* Has this try given the recipient this outcome, and is it not in the file yet? */
+static bool is_new(const struct recipient *r, enum outcome outcome)
+{
+    return r->unrecorded && r->outcome == outcome;
+}
+
+static bool any_new(const struct message *m, enum outcome outcome)
+{
+    for (size_t i = 0; i < m->count; i++)
+        if (is_new(&m->recipients[i], outcome))
+            return true;
+    return false;
+}
+
+/* Writes the records of all new outcomes of this kind behind `before`, into memory
+ * that becomes the caller's. */
+static char *outcome_lines(const struct message *m, enum outcome outcome, const char *before, size_t *size)
 {
     char *text = NULL, now[DATE_SIZE];
     FILE *lines = open_text(&text, size);
 
     date_text(now, ISO_DATE, wall_clock());
+    put(lines, "%s", before);
     for (size_t i = 0; i < m->count; i++) {
         const struct recipient *r = &m->recipients[i];
 
-        if (r->unrecorded && r->outcome == outcome)
+        if (is_new(r, outcome))
             put(lines, "%s %s <%s> %s\r\n", now, outcome_names[outcome], r->address, r->said);
     }
     close_text(lines);
     return text;
 }
 
-/* The log's one line per outcome. */
+/* Logs a line for each new outcome of this kind, which is recorded by now. */
 static void log_outcomes(struct message *m, enum outcome outcome)
 {
     time_t now = wall_clock(), came = id_time(m->id);
@@ -826,7 +870,7 @@ static void log_outcomes(struct message *m, enum outcome outcome)
         struct recipient *r = &m->recipients[i];
         size_t relay = r->said != NULL ? strcspn(r->said, " ") : 0;
 
-        if (!r->unrecorded || r->outcome != outcome)
+        if (!is_new(r, outcome))
             continue;
         logmsg("%s to=<%s> relay=%.*s delay=%lld status=%s (%s)", m->id, r->address, (int)relay, r->said,
             (long long)(came < now ? now - came : 0), outcome_names[outcome], r->said + relay + 1);
@@ -834,7 +878,7 @@ static void log_outcomes(struct message *m, enum outcome outcome)
     }
 }
 
-/* Is nobody left once the outcomes of this kind are recorded? */
+/* Once the new outcomes of this kind are recorded, is the message owed to nobody? */
 static bool is_last_record(const struct message *m, enum outcome outcome)
 {
     for (size_t i = 0; i < m->count; i++) {
@@ -854,58 +898,75 @@ static bool remove_message(struct message *m)
     return m->gone;
 }
 
-/* What is missing to the file's last line, which a crash or a full disk has cut
- * off: nothing, as a rule. */
-static const char *missing_end(int fd)
-{
-    struct stat st;
-    char last;
-
-    if (fstat(fd, &st) != 0 || pread(fd, &last, 1, st.st_size - 1) != 1 || last == '\n')
-        return "";
-    return last == '\r' ? "\n" : "\r\n";
-}
-
+/* Does the file end in the middle of a line, torn by a crash or a full disk? */
 static bool is_torn(int fd)
 {
-    return *missing_end(fd) != '\0';
+    struct stat st;
+    char last[2];
+
+    return fstat(fd, &st) == 0 && pread(fd, last, 2, st.st_size - 2) == 2 && memcmp(last, "\r\n", 2) != 0;
 }
 
-/* Writes the outcomes below the dot, in one write and synced.  When nobody is
- * owed the message any more, removing it is the record.  False: the disk does
- * not take it. */
-static bool write_outcomes(struct message *m, enum outcome outcome)
+/* How far a record got. */
+enum record {
+    RECORDED,       /* it is in the file, and durable where it has to be */
+    UNCERTAIN,      /* some of its lines are in the file, or all are and may not be durable */
+    UNRECORDED      /* no line of it is in the file; errno says why */
+};
+
+/* Appends the new outcomes of this kind to the file, in one write().  If nobody is owed
+ * the message then, removing the file takes the place of the record.  A torn line is
+ * ended in the same write(), with a bare CR, so that it is never read as a record.
+ *
+ * `later` is not synced: if a crash loses the line, the message is tried again, and
+ * that is all the line asks for.  Its due time is as little durable. */
+static enum record write_outcomes(struct message *m, enum outcome outcome)
 {
+    const char *end = is_torn(m->fd) ? "\r\r\n" : "";
+    enum record record = RECORDED;
     size_t size;
     char *text;
-    bool ok = true;
+    ssize_t n;
+    int error;
 
+    if (!any_new(m, outcome))
+        return RECORDED;
     if (is_last_record(m, outcome) && remove_message(m)) {
         log_outcomes(m, outcome);
-        return true;
+        return RECORDED;
     }
-    text = outcome_lines(m, outcome, &size);
-    if (size > 0) {     /* a torn line, of ours or of another party, is ended, so that it tears no other */
-        const char *end = missing_end(m->fd);
-
-        ok = (*end == '\0' || write(m->fd, end, strlen(end)) == (ssize_t)strlen(end))
-            && write(m->fd, text, size) == (ssize_t)size && fsync(m->fd) == 0;
-        set_due(m);
+    text = outcome_lines(m, outcome, end, &size);
+    n = write(m->fd, text, size);
+    error = n < 0 ? errno : ENOSPC;     /* a short write: the disk is full */
+    if (n <= (ssize_t)strlen(end) || memchr(text + strlen(end), '\n', (size_t)n - strlen(end)) == NULL) {
+        record = UNRECORDED;
+    } else if (n < (ssize_t)size) {
+        record = UNCERTAIN;
+    } else if (outcome != LATER && fsync(m->fd) != 0) {
+        error = errno;
+        record = UNCERTAIN;
     }
     free(text);
-    if (ok)
+    set_due(m);
+    if (record == RECORDED)
         log_outcomes(m, outcome);
-    return ok;
+    errno = error;
+    return record;
 }
 
-/* The exchanger has said 250.  Until this is recorded a crash would send the
- * message again: this is the one window for a duplicate.  So a full disk does
- * not end it: the record is tried until the process's time is up. */
+static void log_unrecorded(const struct message *m)
+{
+    logmsg("%s outcomes cannot be recorded (%s)", m->id, strerror(errno));
+}
+
+/* Records that the exchanger has said 250.  Until that is done a crash would send the
+ * message again: this is the only window for a duplicate.  On a full disk the record is
+ * tried until the process's time is up. */
 static void write_sent(struct message *m)
 {
     struct timespec second = { 1, 0 };
 
-    while (!write_outcomes(m, SENT)) {
+    while (write_outcomes(m, SENT) != RECORDED) {
         logmsg("%s was sent, and that cannot be recorded (%s): free some space", m->id, strerror(errno));
         nanosleep(&second, NULL);
     }
@@ -1978,7 +2039,7 @@ static void write_delivery_status(FILE *out, const struct message *m)
         size_t name, relay;
         const char *words;
 
-        if (!r->unrecorded || r->outcome != FAILED)
+        if (!is_new(r, FAILED))
             continue;
         name = strcspn(r->said, "[ ");
         relay = strcspn(r->said, " ");
@@ -2031,7 +2092,7 @@ static void write_report(FILE *out, const struct message *m, const char *id)
     for (size_t i = 0; i < m->count; i++) {
         const struct recipient *r = &m->recipients[i];
 
-        if (r->unrecorded && r->outcome == FAILED)
+        if (is_new(r, FAILED))
             put(out, "\r\n  <%s>\r\n    %s\r\n", r->address, r->said);
     }
     put(out, "\r\n--=_%s\r\nContent-Type: message/delivery-status\r\n\r\n", id);
@@ -2114,13 +2175,13 @@ static void try_party(struct batch *b, struct message *m, const struct party *p,
 
     alarm((unsigned)(2 * try_limit()));
     if (!lock_octets(m->fd, F_WRLCK, number, 1) || getppid() != parent)
-        _exit(1);
+        _exit(0);
     m->part = true;
     deliver(b, m, p->to, p->count);
     expire(m, p->to, p->count);
-    if (!write_outcomes(m, LATER))
-        logmsg("%s outcomes cannot be recorded (%s)", m->id, strerror(errno));
-    text = outcome_lines(m, FAILED, &size);
+    if (write_outcomes(m, LATER) != RECORDED)
+        log_unrecorded(m);
+    text = outcome_lines(m, FAILED, "", &size);
     draft_add(failures, text, size);
     free(text);
     _exit(0);
@@ -2159,6 +2220,8 @@ static void deliver_parties(struct batch *b, struct message *m, const struct par
 {
     struct draft failures;
     size_t begun = 0, running = 0;
+    int status;
+    pid_t pid;
 
     drop_kept(b);           /* it is not the children's */
     if (!draft_open(&failures, 0))
@@ -2173,7 +2236,9 @@ static void deliver_parties(struct batch *b, struct message *m, const struct par
             logmsg("%s has no process for %lu of its domains (%s): they wait", m->id, (unsigned long)(count - begun),
                 strerror(errno));
             break;
-        } else if (wait(NULL) > 0) {
+        } else if ((pid = wait(&status)) > 0) {
+            if (WIFSIGNALED(status))
+                logmsg("process %ld died of signal %d", (long)pid, WTERMSIG(status));
             running--;
         }
     }
@@ -2181,24 +2246,49 @@ static void deliver_parties(struct batch *b, struct message *m, const struct par
     draft_drop(&failures);
 }
 
-/* After a try: reports, records, and removes or reschedules the message. */
+/* Takes a report back before anybody has tried it, which its lock makes sure of. */
+static void withdraw_report(const struct message *m, struct draft *report)
+{
+    if (report->fd < 0 || unlink(spool_path("queue", report->id)) != 0)
+        return;
+    logmsg("%s report %s is withdrawn: its failures will be found again", m->id, report->id);
+    draft_forget(report);
+}
+
+/* Reports the new failures, and then records them: after a crash in between they are
+ * found, and reported, again.  If nothing of the record could be written, the report is
+ * withdrawn, or a full disk would let the sender have one at each try.  Returns false
+ * unless all is recorded. */
+static bool conclude_failures(struct message *m, struct draft *report)
+{
+    enum record record;
+
+    if (!report_failures(m, report)) {
+        logmsg("%s failures cannot be reported now: they will be found again", m->id);
+        return false;
+    }
+    record = write_outcomes(m, FAILED);
+    if (record != RECORDED)
+        log_unrecorded(m);
+    if (record == UNRECORDED)
+        withdraw_report(m, report);
+    return record == RECORDED;
+}
+
+/* Ends a try: reports, records, and removes or reschedules the message. */
 static void conclude(struct message *m, struct draft *report)
 {
-    bool failed = false, owed = false, reported;
+    bool owed = false, recorded;
 
-    for (size_t i = 0; i < m->count; i++) {
-        failed = failed || (m->recipients[i].unrecorded && m->recipients[i].outcome == FAILED);
+    for (size_t i = 0; i < m->count; i++)
         owed = owed || m->recipients[i].outcome == LATER;
-    }
-    hold_signals(true);         /* what is reported is to be recorded, or it is reported again */
-    reported = !failed || report_failures(m, report);
-    if (reported && ((failed && !write_outcomes(m, FAILED)) || !write_outcomes(m, LATER)))
-        logmsg("%s outcomes cannot be recorded (%s)", m->id, strerror(errno));
+    hold_signals(true);         /* SIGTERM between report and record would make a second report */
+    recorded = !any_new(m, FAILED) || conclude_failures(m, report);
+    if (recorded && write_outcomes(m, LATER) != RECORDED)
+        log_unrecorded(m);
     hold_signals(false);
-    if (!reported) {
-        logmsg("%s failures cannot be reported now: they will be found again", m->id);
-        return;                 /* the next try is due already, set ahead */
-    }
+    if (!recorded)
+        return;                 /* the next try was set ahead when this one began */
     m->due = wall_clock() + (time_t)back_off(m->age);
     if (owed)
         set_due(m);
@@ -2213,8 +2303,6 @@ static void try_message(struct batch *b, struct message *m, struct draft *report
     struct party *parties = allocate(NULL, m->count * sizeof *parties);
     size_t count;
 
-    if (is_torn(m->fd) && ftruncate(m->fd, m->whole) != 0)
-        logmsg("%s has half a line that cannot be cut away (%s)", m->id, strerror(errno));
     /* If this process is killed, the message is not tried again at once. */
     m->due = wall_clock() + (time_t)back_off(m->age);
     set_due(m);
@@ -2273,7 +2361,7 @@ void draft_forward(struct draft *d)
     if (message_read(&m, d->fd, d->id))
         forward(&alone, &m);
     else
-        logmsg("%s is not a message of ours: left alone", d->id);
+        log_unread(&m);
     drop_kept(&alone);
     _exit(0);
 }
@@ -2481,7 +2569,7 @@ static void try_batch(unsigned batch, pid_t runner)
         if (message_read(&m, fd, waiting[i].id)) {
             forward(&b, &m);
         } else {
-            logmsg("%s is not a message of ours: left alone", waiting[i].id);
+            log_unread(&m);
             message_free(&m);
         }
     }
@@ -2629,9 +2717,9 @@ static void note_due(const char *id, bool complain)
         return;
     }
     if (message_read(&m, fd, id))
-        add_due(id, lane_of_message(&m), m.whole == m.end + 3);
-    else if (complain)
-        logmsg("queue/%s is no whole message: left alone", id);
+        add_due(id, lane_of_message(&m), !m.tried);
+    else if (complain || m.error != 0)
+        log_unread(&m);
     message_free(&m);
 }
 

@@ -101,8 +101,8 @@ extern struct settings settings;
  * 8-bit characters become '?', so nobody outside can forge a line. */
 void logmsg(const char *format, ...);
 
-/* Logs like logmsg(), with errno's text behind it where errno is not 0, and
- * exits 1.  Only for what cannot go on. */
+/* Logs like logmsg(), with errno's text behind it where errno is not 0, and exits with
+ * status 1, which means this and nothing else.  Only for what cannot go on. */
 void die(const char *format, ...);
 
 struct line {

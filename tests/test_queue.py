@@ -184,6 +184,58 @@ def test_record_that_fails_takes_no_earlier_one_with_it(house, strace):
     assert received_by(world.net) == {f"<{to}>": 1 for to in [*recipients, "last@example.net"]}
 
 
+@pytest.mark.parametrize("torn", [b"", b"2026-11-23T11:08"], ids=["whole", "torn"])
+def test_message_that_cannot_be_read_is_left_as_it_is(house, strace, torn):
+    """Its records say who has it already: without them it would be sent again."""
+    world = house()
+    runner = runner_of(world.relay)
+    path = put(world.relay, "a@example.net", "b@example.net", due=time.time() + 200,
+               outcomes=[(60, "sent <a@example.net> - 250 Ok"), (60, "later <b@example.net> - 451 later")])
+    whole = path.read_bytes() + torn
+    path.write_bytes(whole)
+    with strace(runner, "inject=/^pread:error=EIO:when=3") as trace:    # envelope, dot, records
+        world.relay.hangup_until(lambda: "INJECTED" in trace())
+        world.relay.wait_for_log(f"^queue/{path.name} cannot be read ")
+        assert path.read_bytes() == whole
+    hangup_until_empty(world.relay)
+    assert received_by(world.net) == {"<b@example.net>": 1}
+
+
+def test_report_is_withdrawn_where_its_failure_cannot_be_recorded(relay, dns, exchangers, wrapped):
+    """The report fits on the disk, and the record does not: else each try would report it."""
+    net, org = exchangers(2)
+    dns.mail("example.net", (10, net))
+    dns.mail("example.org", (10, org))
+    net.set(replies={("RCPT", "<b@example.net>"): "550 5.1.1 nobody", "RCPT": "451 4.7.1 later"})
+    full = relay(binary=wrapped("ulimit -f 16"), mx_port=net.port)
+    path = put(full, "b@example.net", "c@example.net", sender="nour@example.org", body="")
+    room = 16 * 512 - path.stat().st_size - 30          # of which half a record takes all
+    path.write_bytes(path.read_bytes().replace(b"\r\n.\r\n", b"\r\nX: " + b"x" * (room - 5) + b"\r\n.\r\n"))
+    full.hangup_until(lambda: len(full.logged(f"^{path.name} report .* is withdrawn")) == 3)
+    assert full.queue() == [path] and org.connections == []
+    full.stop()
+    net.set(replies={("RCPT", "<b@example.net>"): "550 5.1.1 nobody"})
+    server = relay(mx_port=net.port)
+    hangup_until_empty(server)
+    report, = org.messages
+    assert b"\r\nFinal-Recipient: rfc822; b@example.net\r\n" in report.data
+    assert received_by(net) == {"<c@example.net>": 1}
+
+
+def test_report_stands_where_the_record_may_not_be_durable(house, strace):
+    """The record is in the file: nobody would find the failure again."""
+    world = house()
+    world.net.set(replies={("RCPT", "<b@example.net>"): "550 5.1.1 nobody", ("RCPT", "<c@example.net>"): ["451 later"]})
+    with strace(world.relay.pid, "inject=fsync:error=EIO:when=5") as trace:     # two files, two directories, record
+        id = world.relay.send("b@example.net", "c@example.net")
+        world.relay.wait_for_log(f"^{id} outcomes cannot be recorded")
+        assert "INJECTED" in trace()
+    hangup_until_empty(world.relay)
+    report, = world.org.messages
+    assert b"\r\nFinal-Recipient: rfc822; b@example.net\r\n" in report.data
+    assert received_by(world.net) == {"<c@example.net>": 1}
+
+
 # ---- When ---------------------------------------------------------------------------------------
 
 
@@ -330,6 +382,22 @@ def test_killed_forwarder_defers_its_message(house, stage, others):
     world.net.set(stall_at=None)
     hangup_until_empty(world.relay)
     assert received_by(world.net, world.org) == {f"<{to}>": 1 for to in [*others, "b@example.net"]}
+
+
+def test_killed_child_of_one_domain_defers_its_recipients(house):
+    world = house()
+    runner = runner_of(world.relay)
+    world.net.set(stall_at=".")
+    world.relay.send("a@example.org", "b@example.net")
+    wait_for(lambda: is_stalled(world.net, "."))
+    world.relay.outcomes("a@example.org")
+    forwarder, = children(world.relay.pid) - {runner}
+    child = wait_for(lambda: len(children(forwarder)) == 1 and min(children(forwarder)))
+    os.kill(child, signal.SIGKILL)
+    world.relay.wait_for_log(f"process {child} died of signal 9")
+    world.net.set(stall_at=None)
+    hangup_until_empty(world.relay)
+    assert received_by(world.net, world.org) == {"<a@example.org>": 1, "<b@example.net>": 1}
 
 
 def test_message_of_a_killed_forwarder_is_not_touched_before_its_children_are_done(house):

@@ -90,13 +90,6 @@ UNGUIDED static ssize_t file_write(const void *bytes, size_t size)
     return (ssize_t)size;
 }
 
-static int memory_ftruncate(int fd, off_t size)
-{
-    assert(fd == FILE_FD && file.open && size >= 0 && (size_t)size <= file.size);
-    file.size = (size_t)size;
-    return 0;
-}
-
 static int memory_unlink(const char *path)
 {
     assert(strcmp(path, "queue/" MESSAGE_ID) == 0);
@@ -181,7 +174,6 @@ static void memory_log(const char *format, ...)
 
 #define pread(fd, bytes, size, at) memory_pread(fd, bytes, size, at)
 #define fstat(fd, st) memory_fstat(fd, st)
-#define ftruncate(fd, size) memory_ftruncate(fd, size)
 #define unlink(path) memory_unlink(path)
 #define fsync(fd) memory_nothing(fd)
 #define futimens(fd, times) memory_nothing(((void)(times), fd))
@@ -196,14 +188,14 @@ static void memory_log(const char *format, ...)
 
 #include "../../forward.c"
 
-/* Whether a file holds only what this server writes: above and below its body
- * printable lines, the last of them torn or not, and in it any octets but a bare
- * CR or LF, with dots doubled. */
+/* Whether a file holds only what this server writes, or a crash leaves of it: above its
+ * body printable lines, in the body any octets but a bare CR or LF, with dots doubled,
+ * and below it printable lines, whole or torn. */
 UNGUIDED static bool is_tame(const struct message *m)
 {
-    const char *body = file.bytes + m->body, *end = file.bytes + m->end, *whole = file.bytes + m->whole;
+    const char *body = file.bytes + m->body, *end = file.bytes + m->end;
 
-    if (!is_crlf_lines(file.bytes, (size_t)m->whole) || memchr(whole, '\n', file.size - (size_t)m->whole) != NULL)
+    if (!is_crlf_lines(file.bytes, (size_t)m->end + 3))
         return false;
     for (const char *p = file.bytes; p < file.bytes + file.size; p++)
         if ((p < body || p >= end) && (*p < ' ' || *p > '~') && *p != '\r' && *p != '\n')

@@ -17,7 +17,7 @@ void read_back(const char *bytes, size_t size)
     file_set(bytes, size);
     readable = message_read(&m, FILE_FD, MESSAGE_ID);
     assert(readable && is_tame(&m));
-    assert((size_t)m.end + 3 == size && m.whole == (off_t)size);
+    assert((size_t)m.end + 3 == size && !m.tried);
     for (; strncmp(line, "DATA\r", 5) != 0; line = strchr(line, '\n') + 1) {
         char path[PATH_LIMIT + 32];
 
