@@ -50,6 +50,7 @@
  *   Messages           reading a file of the queue back
  *   Outcomes           what is written below the dot
  *   Exchangers         who takes mail for a domain
+ *   TLS                openssl(1) between us and an exchanger
  *   The dialogue       the client's side of SMTP
  *   The race           who answers first
  *   Delivery           one message to one domain
@@ -69,6 +70,7 @@
 #include <string.h>
 #include <strings.h>
 #include <sys/stat.h>
+#include <sys/un.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -82,6 +84,7 @@ enum {
     NAP_LIMIT = 60,             /* seconds between two looks through the queue at most */
     EXCHANGER_LIMIT = 10,       /* names tried for a domain ... */
     ADDRESS_LIMIT = 20,         /* ... and addresses of theirs */
+    LABEL_SIZE = DNS_NAME_SIZE + ADDRESS_TEXT + 6,  /* name[address]/tls, with its NUL */
     GROUP_LIMIT = 100,          /* recipients in one transaction: RFC 5321 4.5.3.1.8 */
     DOMAINS_AT_ONCE = 10,
     REPLY_LINES = 100,
@@ -226,6 +229,14 @@ static char *copy_text(const char *text)
     return strcpy(allocate(NULL, strlen(text) + 1), text);
 }
 
+void wipe(void *memory, size_t size)
+{
+    volatile unsigned char *octets = memory;    /* volatile: the compiler must not find this to be of no use */
+
+    while (size-- > 0)
+        *octets++ = 0;
+}
+
 /* A stream that writes to memory, which is the caller's once it is closed. */
 static FILE *open_text(char **text, size_t *size)
 {
@@ -351,7 +362,7 @@ static void clear_drafts(void)
         const char *path = spool_path("tmp", entry->d_name);
         struct stat st;
 
-        if (id_time(entry->d_name) == 0 || lstat(path, &st) != 0 || !S_ISREG(st.st_mode))
+        if (id_time(entry->d_name) == 0 || lstat(path, &st) != 0 || !(S_ISREG(st.st_mode) || S_ISSOCK(st.st_mode)))
             continue;
         if (st.st_mtime < now - STALE - IDLES * settings.idle && unlink(path) == 0)
             logmsg("%s stale draft removed", entry->d_name);
@@ -987,16 +998,19 @@ struct exchange {
     char name[DNS_NAME_SIZE];
     unsigned preference;
     union address address;
-    char label[DNS_NAME_SIZE + ADDRESS_TEXT + 2];   /* name[address], for log and record */
+    char label[LABEL_SIZE];             /* name[address], or name[address]/tls, for log and record */
     enum progress progress;
     bool refused;                       /* it greeted with a 5xx */
     int fd;
     int64_t deadline;                   /* of the step it is in */
     int64_t begun, connected, greeted;  /* microseconds; 0: not yet */
     bool pipelining, eight_bit, sized;  /* what EHLO offered */
+    bool starttls, auth_plain, auth_login;
     unsigned long long max_size;        /* SIZE's number, 0 for any */
     bool ready;                         /* it has been greeted in turn, and may be given messages ... */
     unsigned messages;                  /* ... of which it has had so many */
+    struct tunnel *tunnel;              /* TLS: `fd` leads to openssl, which talks to the exchanger; or NULL */
+    bool bare;                          /* TLS with it broke in this try: it is done without */
     const char *id;                     /* the message's, for the log */
     int code;                           /* of the last reply */
     unsigned lines;                     /* of the reply that is being read */
@@ -1215,16 +1229,294 @@ static void find_route(struct route *route, const char *domain)
     }
 }
 
+/* ==== TLS ================================================================ */
+
+/*
+ * TLS is the work of openssl(1), which runs as a child of the forwarder, between
+ * it and the exchanger.  The forwarder has the other ends of both its connections:
+ *
+ *     its standard input and output    what SMTP says: tunnel->plain, which is x->fd
+ *     the Unix socket it connects to   what TLS makes of that: tunnel->out and ->in
+ *
+ * What comes on the Unix socket is copied to the exchanger, and back, wherever the
+ * forwarder waits for the exchanger.  So there is no third process; and when the
+ * forwarder ends, for whatever reason, openssl loses its connections and ends, too.
+ */
+enum {
+    OPENSSL_START = 30,         /* seconds within which openssl has to connect to us */
+    FLOW = 16384                /* octets copied at once */
+};
+
+/* One direction of the copying. */
+struct flow {
+    int from, to;
+    size_t size, used;          /* octets that were read, and how many of them were written */
+    bool ended;                 /* `from` has been read to its end */
+    char bytes[FLOW];
+};
+
+struct tunnel {
+    pid_t pid;                  /* openssl */
+    int plain;                  /* our end of its standard input and output */
+    int errors;                 /* the pipe from its standard error */
+    struct flow out, in;        /* from openssl to the exchanger, and from the exchanger to openssl */
+};
+
+/* Copies once what there is, as far as it is taken; neither descriptor blocks. */
+static void copy_flow(struct flow *f)
+{
+    ssize_t n;
+
+    if (f->used == f->size && !f->ended) {
+        n = read(f->from, f->bytes, sizeof f->bytes);
+        f->used = 0;
+        f->size = n > 0 ? (size_t)n : 0;
+        f->ended = n == 0 || (n < 0 && errno != EAGAIN && errno != EINTR);
+        if (f->ended)
+            shutdown(f->to, SHUT_WR);
+    }
+    if (f->used == f->size)
+        return;
+    n = write(f->to, f->bytes + f->used, f->size - f->used);
+    if (n > 0)
+        f->used += (size_t)n;
+    else if (errno != EAGAIN && errno != EINTR)
+        f->used = f->size;      /* nobody reads there any more; the writer has to go on, and may read why */
+}
+
+/* Enters into the sets what copy_flow() waits for.  Returns the descriptor, or -1. */
+static int watch_flow(const struct flow *f, fd_set *readable, fd_set *writable)
+{
+    bool full = f->used < f->size;
+    int fd = full ? f->to : f->from;
+
+    if (f->ended && !full)
+        return -1;
+    FD_SET(fd, full ? writable : readable);
+    return fd;
+}
+
+/* Waits for the exchanger as wait_ready() does, and meanwhile serves its tunnel. */
+static bool wait_exchange(struct exchange *x, bool writing, int64_t deadline)
+{
+    struct tunnel *t = x->tunnel;
+
+    if (t == NULL)
+        return wait_ready(x->fd, writing, deadline);
+    do {
+        fd_set readable, writable;
+        int out, in, top = x->fd;
+
+        FD_ZERO(&readable);
+        FD_ZERO(&writable);
+        FD_SET(x->fd, writing ? &writable : &readable);
+        out = watch_flow(&t->out, &readable, &writable);
+        in = watch_flow(&t->in, &readable, &writable);
+        top = out > top ? out : top;
+        wait_sets(in > top ? in : top, &readable, &writable, deadline);
+        copy_flow(&t->out);
+        copy_flow(&t->in);
+        if (FD_ISSET(x->fd, writing ? &writable : &readable))
+            return true;
+    } while (clock_ms() < deadline);
+    return false;
+}
+
+/* In the child: becomes openssl, which connects to the Unix socket `path`.  Signals
+ * to the process group must not end it before the forwarder, which is about to
+ * learn, and record, what became of the message. */
+static void become_openssl(const char *name, const char *path, int plain, int errors)
+{
+    const char *arguments[16] = { "openssl", "s_client", "-quiet", "-unix", path };
+    size_t n = 5;
+    union address literal;
+    bool named = !address_parse(name, 0, &literal);
+    sigset_t all;
+
+    if (named)
+        arguments[n++] = "-servername";
+    arguments[n++] = named ? name : "-noservername";    /* RFC 6066 3: an address is not for SNI */
+    if (settings.tls == TLS_VERIFIED) {
+        arguments[n++] = "-verify_return_error";
+        arguments[n++] = "-verify";
+        arguments[n++] = "9";                           /* certificates in a chain at most */
+        arguments[n++] = named ? "-verify_hostname" : "-verify_ip";
+        arguments[n++] = name;
+    } else {        /* to read the system's authorities takes longer than all the rest */
+        setenv("SSL_CERT_FILE", "/dev/null", 1);
+        setenv("SSL_CERT_DIR", "/dev/null", 1);
+    }
+    sigfillset(&all);
+    sigprocmask(SIG_BLOCK, &all, NULL);
+    dup2(plain, STDIN_FILENO);
+    dup2(plain, STDOUT_FILENO);
+    dup2(errors, STDERR_FILENO);
+    for (int fd = STDERR_FILENO + 1; fd < FD_SETSIZE; fd++)
+        close(fd);
+    execvp(arguments[0], (char **)arguments);
+    dprintf(STDERR_FILENO, "openssl: %s\n", strerror(errno));
+    _exit(127);
+}
+
+/* Puts into x->words what openssl says of its failure, made harmless; if it says
+ * nothing, they stay. */
+static void quote_openssl(struct exchange *x, const struct tunnel *t)
+{
+    static const char *const signs[] = { "verify error:", "error:", "" };   /* what says most comes first */
+    char text[4096], *said = NULL;
+    ssize_t n = read(t->errors, text, sizeof text - 1);
+
+    if (n <= 0)
+        return;
+    for (ssize_t i = 0; i < n; i++)
+        if (text[i] != '\n' && (text[i] < ' ' || text[i] > '~'))
+            text[i] = '?';
+    text[n] = '\0';
+    for (size_t i = 0; said == NULL; i++)
+        said = strstr(text, signs[i]);
+    snprintf(x->words, sizeof x->words, "4.7.5 no TLS: %.*s", (int)strcspn(said, "\n"), said);
+}
+
+/* Closes all but the exchanger's socket, which is returned. */
+static int close_tunnel(struct tunnel *t)
+{
+    int exchanger = t->out.to;
+
+    close(t->plain);
+    close(t->errors);
+    if (t->out.from >= 0)
+        close(t->out.from);
+    kill(t->pid, SIGKILL);      /* it ends by itself, but when? */
+    while (waitpid(t->pid, NULL, 0) < 0 && errno == EINTR)
+        ;
+    free(t);
+    return exchanger;
+}
+
+/* A Unix socket in the spool, where only this user's processes can connect to it.
+ * It is named like a draft: what a crash leaves is cleared like one.  Returns -1
+ * with the error if there can be none. */
+static int listen_in_spool(struct sockaddr_un *here, int *error)
+{
+    char id[ID_SIZE];
+    int fd = socket(AF_UNIX, SOCK_STREAM, 0);
+
+    make_id(id, 0);
+    memset(here, 0, sizeof *here);
+    here->sun_family = AF_UNIX;
+    snprintf(here->sun_path, sizeof here->sun_path, "%s", spool_path("tmp", id));
+    if (fd >= 0 && bind(fd, (struct sockaddr *)here, sizeof *here) == 0 && listen(fd, 1) == 0)
+        return fd;
+    *error = errno;
+    if (fd >= 0)
+        close(fd);
+    return -1;
+}
+
+/* Closes both descriptors, of which each may be -1. */
+static void close_pair(const int fds[2])
+{
+    for (int i = 0; i < 2; i++)
+        if (fds[i] >= 0)
+            close(fds[i]);
+}
+
+/* Forks openssl, for an exchanger of this name.  Returns NULL with the error: there
+ * is no descriptor or no process for it. */
+static struct tunnel *start_openssl(const char *name, const char *path, int *error)
+{
+    int plain[2] = { -1, -1 }, errors[2] = { -1, -1 };
+    struct tunnel *t;
+    pid_t pid = -1;
+
+    if (socketpair(AF_UNIX, SOCK_STREAM, 0, plain) == 0 && pipe(errors) == 0 && plain[0] < FD_SETSIZE)
+        pid = fork();
+    *error = errno;
+    if (pid < 0) {
+        close_pair(plain);
+        close_pair(errors);
+        return NULL;
+    }
+    if (pid == 0)
+        become_openssl(name, path, plain[1], errors[1]);
+    close(plain[1]);
+    close(errors[1]);
+    fcntl(plain[0], F_SETFL, O_NONBLOCK);
+    fcntl(errors[0], F_SETFL, O_NONBLOCK);
+    t = allocate(NULL, sizeof *t);
+    memset(t, 0, sizeof *t);
+    t->pid = pid;
+    t->plain = plain[0];
+    t->errors = errors[0];
+    return t;
+}
+
+/* Waits until openssl connects to us, which is the first thing it does, or ends. */
+static void await_openssl(struct tunnel *t, int listener)
+{
+    int64_t deadline = clock_ms() + OPENSSL_START * 1000;
+    int fd = -1, top = listener > t->plain ? listener : t->plain;
+    fd_set readable, none;
+
+    do {
+        FD_ZERO(&readable);
+        FD_ZERO(&none);
+        FD_SET(listener, &readable);
+        FD_SET(t->plain, &readable);        /* nothing was said yet: this is its end */
+        wait_sets(top, &readable, &none, deadline);
+        if (FD_ISSET(listener, &readable))
+            fd = accept(listener, NULL, NULL);
+    } while (fd < 0 && !FD_ISSET(t->plain, &readable) && clock_ms() < deadline);
+    if (fd >= 0)
+        fcntl(fd, F_SETFL, O_NONBLOCK);
+    t->out.from = t->in.to = fd;
+}
+
+/* Starts openssl between us and the exchanger, to which nothing is said yet.
+ * Returns NULL with the reason in x->words.  An openssl that ends before it has
+ * connected cannot run here: this process does not start it again. */
+static struct tunnel *open_tunnel(struct exchange *x)
+{
+    static char missing[REPLY_SIZE];
+    struct sockaddr_un here;
+    struct tunnel *t = NULL;
+    int listener, error = errno;
+
+    if (missing[0] != '\0') {
+        strcpy(x->words, missing);
+        return NULL;
+    }
+    listener = listen_in_spool(&here, &error);
+    if (listener >= 0) {
+        t = start_openssl(x->name, here.sun_path, &error);
+        if (t != NULL)
+            await_openssl(t, listener);
+        close(listener);
+        unlink(here.sun_path);
+    }
+    snprintf(x->words, sizeof x->words, "4.7.5 no TLS: %s", t == NULL ? strerror(error) : "openssl does not start");
+    if (t == NULL)
+        return NULL;
+    t->in.from = t->out.to = x->fd;
+    if (t->out.from >= 0)
+        return t;
+    quote_openssl(x, t);
+    if (wait_ready(t->plain, false, 0))
+        strcpy(missing, x->words);
+    close_tunnel(t);
+    return NULL;
+}
+
 /* ==== The dialogue ======================================================= */
 
 /* The client's time-outs, in seconds: RFC 5321 4.5.3.2. */
-enum step { CONNECT, GREETING, HELLO, RESET, ENVELOPE, DATA_COMMAND, MESSAGE, FINAL_DOT, QUIT };
+enum step { CONNECT, GREETING, HELLO, STARTTLS, AUTH, RESET, ENVELOPE, DATA_COMMAND, MESSAGE, FINAL_DOT, QUIT };
 
 static const struct {
     const char *name;
     long seconds;
 } steps[] = {
-    { "connecting", 30 }, { "the greeting", 300 }, { "EHLO", 300 }, { "RSET", 10 },
+    { "connecting", 30 }, { "the greeting", 300 }, { "EHLO", 300 }, { "STARTTLS", 300 }, { "AUTH", 300 }, { "RSET", 10 },
     { "MAIL and RCPT", 300 }, { "DATA", 120 }, { "the message", 180 }, { "the final dot", 600 }, { "QUIT", 10 }
 };
 
@@ -1264,6 +1556,18 @@ static void lose(struct exchange *x, const char *what, enum step step)
     x->code = 0;
 }
 
+/* Notes what AUTH offers: names, with a space before each (RFC 4954 3). */
+static void note_mechanisms(struct exchange *x, const char *names)
+{
+    while (*names == ' ') {
+        size_t length = strcspn(++names, " ");
+
+        x->auth_plain = x->auth_plain || (length == 5 && strncasecmp(names, "PLAIN", length) == 0);
+        x->auth_login = x->auth_login || (length == 5 && strncasecmp(names, "LOGIN", length) == 0);
+        names += length;
+    }
+}
+
 /* Notes an extension that EHLO offers. */
 static void note_extension(struct exchange *x, const char *text)
 {
@@ -1273,6 +1577,10 @@ static void note_extension(struct exchange *x, const char *text)
         x->pipelining = true;
     else if (length == 8 && strncasecmp(text, "8BITMIME", length) == 0)
         x->eight_bit = true;
+    else if (length == 8 && strncasecmp(text, "STARTTLS", length) == 0)
+        x->starttls = true;
+    else if (length == 4 && strncasecmp(text, "AUTH", length) == 0)
+        note_mechanisms(x, text + length);
     else if (length == 4 && strncasecmp(text, "SIZE", length) == 0) {
         x->sized = true;
         x->max_size = strtoull(text + length, NULL, 10);
@@ -1353,7 +1661,7 @@ static int read_reply(struct exchange *x, enum step step)
             return x->code;
         if (reading == MALFORMED)
             lose(x, "no SMTP reply", step);
-        else if (!wait_ready(x->fd, false, deadline))
+        else if (!wait_exchange(x, false, deadline))
             lose(x, "no reply in time", step);
         else if (!fill_input(x))
             lose(x, "connection lost", step);
@@ -1382,7 +1690,7 @@ static bool send_bytes(struct exchange *x, const char *bytes, size_t size, enum 
         if (n > 0) {
             bytes += n;
             size -= (size_t)n;
-        } else if (errno != EINTR && !(full && wait_ready(x->fd, true, step_deadline(step)))) {
+        } else if (errno != EINTR && !(full && wait_exchange(x, true, step_deadline(step)))) {
             /* It takes no more, but may have said why before. */
             if (read_reply(x, QUIT) < 400)
                 lose(x, full ? "nothing taken in time" : "connection lost", step);
@@ -1406,16 +1714,24 @@ static int say(struct exchange *x, enum step step, const char *format, ...)
     return send_bytes(x, line, (size_t)n, step) ? read_reply(x, step) : 0;
 }
 
+/* Is this 5xx not about the message?  In plain, after TLS broke, it may be about
+ * the lack of TLS; and what a smarthost says of AUTH (RFC 4954 6: 530, 534, 535,
+ * 538) is for our operator to mend. */
+static bool is_curable(const struct exchange *x, int code)
+{
+    return x->bare || (settings.smarthost != NULL && (code == 530 || code == 534 || code == 535 || code == 538));
+}
+
 /* What a reply to a command of ours means (RFC 5321 4.2.1).  Whatever is
  * neither yes nor no for good may be tried again. */
-static enum outcome judge(int code)
+static enum outcome judge(const struct exchange *x, int code)
 {
-    return code >= 200 && code < 300 ? SENT : code >= 500 && code < 600 ? FAILED : LATER;
+    return code >= 200 && code < 300 ? SENT : code >= 500 && code < 600 && !is_curable(x, code) ? FAILED : LATER;
 }
 
 static void forget_extensions(struct exchange *x)
 {
-    x->pipelining = x->eight_bit = x->sized = false;
+    x->pipelining = x->eight_bit = x->sized = x->starttls = x->auth_plain = x->auth_login = false;
     x->max_size = 0;
 }
 
@@ -1429,14 +1745,152 @@ static enum outcome say_hello(struct exchange *x)
     x->in_ehlo = true;
     code = say(x, HELLO, "EHLO %s\r\n", settings.hostname);
     x->in_ehlo = false;
-    if (judge(code) == FAILED) {
+    if (judge(x, code) == FAILED) {
         forget_extensions(x);
         strcpy(refusal, x->words);
         code = say(x, HELLO, "HELO %s\r\n", settings.hostname);
         if (code == 0 && strstr(x->words, "connection lost") != NULL)
             strcpy(x->words, refusal);      /* this is why */
     }
-    return judge(code);
+    return judge(x, code);
+}
+
+/* Puts openssl between us and the exchanger, by STARTTLS (RFC 3207), or without a
+ * word where TLS comes first (RFC 8314).  False: there is no TLS, for the reason in
+ * x->words, and where x->code is 0 the connection is of no more use. */
+static bool begin_tls(struct exchange *x)
+{
+    struct tunnel *t = open_tunnel(x);
+
+    if (t == NULL)
+        return false;
+    if (!settings.tls_first && say(x, STARTTLS, "STARTTLS\r\n") != 220) {
+        close_tunnel(t);
+        return false;
+    }
+    x->tunnel = t;
+    x->fd = t->plain;
+    if (x->size == 0)
+        return true;
+    /* Somebody may have put it in behind the 220: it would pass for what TLS brings. */
+    lose(x, "more than a reply", STARTTLS);
+    return false;
+}
+
+/* The greeting, where TLS comes first. */
+static enum outcome hear_greeting(struct exchange *x)
+{
+    int code = read_reply(x, GREETING);
+
+    x->refused = code >= 500;
+    return judge(x, code) == SENT ? SENT : LATER;
+}
+
+/* TLS, and EHLO by TLS: nothing counts that was said before (RFC 3207 4.2).  The
+ * first reply proves that the handshake is done.  Where it has failed the exchanger
+ * may be tried once more, in plain. */
+static enum outcome start_tls(struct exchange *x)
+{
+    enum outcome hello = SENT;
+
+    if (begin_tls(x)) {
+        if (settings.tls_first)
+            hello = hear_greeting(x);
+        if (hello == SENT)
+            hello = say_hello(x);
+        if (x->code != 0)
+            strcat(x->label, "/tls");
+        else
+            quote_openssl(x, x->tunnel);
+    }
+    if (x->code != 0)
+        return hello;
+    x->bare = settings.tls == TLS_MAY;
+    if (x->bare)
+        logmsg("%s %s %s: once more in plain", x->id, x->label, x->words);
+    return LATER;
+}
+
+/* Writes octets as text, each three of them as four letters (RFC 4648 4). */
+static void base64(char *text, const char *bytes, size_t size)
+{
+    static const char letters[] = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
+
+    for (size_t i = 0; i < size; i += 3) {
+        uint32_t bits = 0;
+
+        for (size_t k = i; k < i + 3; k++)
+            bits = bits << 8 | (k < size ? (unsigned char)bytes[k] : 0);
+        for (size_t k = 0; k < 4; k++)
+            *text++ = '=';
+        for (size_t k = 0; k <= 3 && k <= size - i; k++)
+            text[k - 4] = letters[bits >> (18 - 6 * k) & 63];
+    }
+    *text = '\0';
+}
+
+/* Says a command with a secret behind it, which neither the log shows nor this
+ * process's memory keeps.  Returns the code of the reply, or 0. */
+static int say_secret(struct exchange *x, const char *command, const char *secret, size_t size)
+{
+    char line[16 + 4 * SECRET_SIZE];
+    bool sent;
+
+    strcpy(line, command);
+    base64(line + strlen(line), secret, size);
+    strcat(line, "\r\n");
+    if (settings.verbose)
+        logmsg("%s %s C: %s(not shown)", x->id, x->label, command);
+    sent = send_bytes(x, line, strlen(line), AUTH);
+    wipe(line, sizeof line);
+    return sent ? read_reply(x, AUTH) : 0;
+}
+
+/* AUTH (RFC 4954): PLAIN (RFC 4616), or LOGIN where that is all there is.  What the
+ * smarthost has against our name is for our operator to mend, not the sender's fault. */
+static enum outcome authenticate(struct exchange *x)
+{
+    char both[2 * SECRET_SIZE];
+    size_t user = strlen(settings.user), password = strlen(settings.password);
+    int code = 0;
+
+    if (x->auth_plain) {
+        both[0] = '\0';
+        strcpy(both + 1, settings.user);
+        strcpy(both + 2 + user, settings.password);
+        code = say_secret(x, "AUTH PLAIN ", both, 2 + user + password);
+        wipe(both, sizeof both);
+    } else if (x->auth_login) {
+        code = say(x, AUTH, "AUTH LOGIN\r\n");
+        if (code == 334)
+            code = say_secret(x, "", settings.user, user);
+        if (code == 334)
+            code = say_secret(x, "", settings.password, password);
+    } else {
+        snprintf(x->words, sizeof x->words, "4.7.0 neither AUTH PLAIN nor AUTH LOGIN is offered");
+    }
+    return code == 235 ? SENT : LATER;
+}
+
+/* All that comes before the first message: EHLO, TLS, AUTH. */
+static enum outcome introduce(struct exchange *x)
+{
+    enum outcome hello = SENT;
+    bool offered = settings.tls_first;
+
+    x->code = 0;
+    if (!settings.tls_first) {
+        hello = say_hello(x);
+        offered = x->starttls;
+    }
+    if (hello == SENT && offered && settings.tls != TLS_NEVER && !x->bare)
+        hello = start_tls(x);
+    if (hello == SENT && settings.tls >= TLS_MUST && x->tunnel == NULL) {
+        if (!offered)
+            snprintf(x->words, sizeof x->words, "4.7.4 no STARTTLS is offered, and mail must not go in plain");
+        hello = LATER;
+    }
+    return hello == SENT && settings.user[0] != '\0' ? authenticate(x) : hello;
 }
 
 /* What is read of a message on its way out. */
@@ -1515,8 +1969,8 @@ static bool transfer_message(struct exchange *x, struct message *m, struct recip
         code = read_reply(x, FINAL_DOT);
     for (size_t i = 0; i < count; i++)
         if (to[i]->accepted)
-            settle(to[i], judge(sent ? code : x->code), x->label, x->words);
-    if (judge(code) == SENT)
+            settle(to[i], judge(x, sent ? code : x->code), x->label, x->words);
+    if (judge(x, code) == SENT)
         write_sent(m);
     hold_signals(false);
     return code != 0;
@@ -1543,13 +1997,13 @@ static char *compose_envelope(const struct exchange *x, const struct message *m,
 /* Takes the reply to the i-th command of an envelope for `count` recipients. */
 static void take_envelope_reply(struct exchange *x, int code, size_t i, struct recipient **to, size_t count)
 {
-    if (i == 0 && judge(code) != SENT) {                    /* MAIL */
-        settle_all(to, count, judge(code), x->label, x->words);
+    if (i == 0 && judge(x, code) != SENT) {                    /* MAIL */
+        settle_all(to, count, judge(x, code), x->label, x->words);
     } else if (i > 0 && i <= count && to[i - 1]->pending) { /* RCPT */
-        to[i - 1]->accepted = judge(code) == SENT;
+        to[i - 1]->accepted = judge(x, code) == SENT;
         /* 552 means too many recipients to an old server: RFC 5321 4.5.3.1.10 */
-        if (judge(code) != SENT)
-            settle(to[i - 1], code == 552 ? LATER : judge(code), x->label, x->words);
+        if (judge(x, code) != SENT)
+            settle(to[i - 1], code == 552 ? LATER : judge(x, code), x->label, x->words);
     }
 }
 
@@ -1577,7 +2031,7 @@ static bool say_envelope(struct exchange *x, const char *line, struct recipient 
             return false;
         line += length;
         if (i == 0)
-            mail_ok = judge(code) == SENT;
+            mail_ok = judge(x, code) == SENT;
         if (i == 0 || mail_ok)
             take_envelope_reply(x, code, i, to, count);
         *accepted += i > 0 && i <= count && to[i - 1]->accepted;
@@ -1612,7 +2066,7 @@ static bool transact(struct exchange *x, struct message *m, struct recipient **t
         return say(x, FINAL_DOT, ".\r\n") != 0;
     for (size_t i = 0; i < count; i++)
         if (to[i]->accepted)
-            settle(to[i], judge(data) == FAILED ? FAILED : LATER, x->label, x->words);
+            settle(to[i], judge(x, data) == FAILED ? FAILED : LATER, x->label, x->words);
     return true;
 }
 
@@ -1629,6 +2083,9 @@ static int64_t clock_us(void)
 /* This address is of no use in this try; x->words says why. */
 static void spend(struct exchange *x)
 {
+    if (x->tunnel != NULL)
+        x->fd = close_tunnel(x->tunnel);
+    x->tunnel = NULL;
     if (x->fd >= 0)
         close(x->fd);
     x->fd = -1;
@@ -1642,6 +2099,7 @@ static void start_connecting(struct exchange *x)
     x->messages = 0;
     x->size = x->lines = 0;
     x->closing = false;
+    strrchr(x->label, ']')[1] = '\0';       /* no /tls yet */
     x->begun = clock_us();
     x->deadline = step_deadline(CONNECT);
     x->progress = CONNECTING;
@@ -1667,6 +2125,10 @@ static void finish_connecting(struct exchange *x)
     x->connected = clock_us();
     x->deadline = step_deadline(GREETING);
     x->progress = AWAITING;
+    if (settings.tls_first) {       /* the greeting comes by TLS, to the winner alone */
+        x->greeted = x->connected;
+        x->progress = GREETED;
+    }
 }
 
 /* Reads what there is of the greeting. */
@@ -1675,7 +2137,7 @@ static void take_greeting(struct exchange *x)
     bool open = fill_input(x);
     enum reading reading = take_reply(x);
 
-    if (reading == COMPLETE && judge(x->code) == SENT) {
+    if (reading == COMPLETE && judge(x, x->code) == SENT) {
         x->greeted = clock_us();
         x->progress = GREETED;
         return;
@@ -1683,7 +2145,7 @@ static void take_greeting(struct exchange *x)
     if (reading == PARTIAL && open)
         return;
     if (reading == COMPLETE)
-        x->refused = judge(x->code) == FAILED;
+        x->refused = judge(x, x->code) == FAILED;
     else
         lose(x, open ? "no SMTP reply" : "connection lost", GREETING);
     spend(x);
@@ -1735,7 +2197,7 @@ static void log_race(const struct route *route, int64_t start)
         put(line, " %s", x->label);
         if (x->connected != 0)
             put(line, " handshake=%.2fms", (double)(x->connected - x->begun) / 1000);
-        if (x->greeted != 0)
+        if (x->greeted > x->connected)
             put(line, " greeting=%.2fms;", (double)(x->greeted - x->begun) / 1000);
         else if (x->progress == SPENT)
             put(line, " (%s);", x->words);
@@ -1756,7 +2218,9 @@ static void let_go(struct exchange *x)
 
     if (x->progress == AWAITING)
         take_greeting(x);
-    if (x->progress == GREETED && write(x->fd, quit, sizeof quit - 1) < 0)
+    if (x->tunnel != NULL)      /* what is only written might not get through it */
+        say(x, QUIT, quit);
+    else if (x->progress == GREETED && !settings.tls_first && write(x->fd, quit, sizeof quit - 1) < 0)
         lose(x, "connection lost", QUIT);
     if (x->progress != SPENT) {
         spend(x);
@@ -1832,7 +2296,7 @@ struct batch {
     bool more;              /* there are others: the connection may serve them, too */
     struct route *route;    /* with the connection to the best exchanger that answers, left open; or NULL */
     char dead[PATH_LIMIT];  /* a domain that nobody could be reached for, or "" */
-    char relay[DNS_NAME_SIZE + ADDRESS_TEXT + 2], words[REPLY_SIZE];    /* ... and what was said of that */
+    char relay[LABEL_SIZE], words[REPLY_SIZE];    /* ... and what was said of that */
 };
 
 static void drop_kept(struct batch *b)
@@ -1863,7 +2327,7 @@ static struct route *take_kept(struct batch *b, const char *domain, const char *
     struct route *route = b->route;
 
     /* Who says something by now does not know what was asked, or is about to hang up. */
-    if (route == NULL || clock_ms() > route->open->deadline || wait_ready(route->open->fd, false, 0)
+    if (route == NULL || clock_ms() > route->open->deadline || wait_exchange(route->open, false, 0)
         || (settings.smarthost == NULL && strcasecmp(route->domain, domain) != 0)) {
         drop_kept(b);
         return NULL;
@@ -1872,7 +2336,7 @@ static struct route *take_kept(struct batch *b, const char *domain, const char *
         if (x != route->open)
             x->progress = UNTRIED;
     route->open->id = id;
-    if (judge(say(route->open, RESET, "RSET\r\n")) != SENT) {
+    if (judge(route->open, say(route->open, RESET, "RSET\r\n")) != SENT) {
         drop_kept(b);
         return NULL;
     }
@@ -1901,16 +2365,17 @@ static bool is_dead(const struct batch *b, const char *domain)
  * anything, may have had enough of that one: he is asked again over another. */
 static void talk(struct batch *b, struct exchange *x, struct message *m, struct recipient **to, size_t count)
 {
-    enum outcome hello = x->ready ? SENT : say_hello(x);
+    bool was_bare = x->bare;
+    enum outcome hello = x->ready ? SENT : introduce(x);
     bool alive = x->code != 0, used = x->messages > 0, ended;
 
     x->ready = hello == SENT;
     if (hello != SENT)
         settle_all(to, count, hello, x->label, x->words);
     else if (x->max_size > 0 && m->size > x->max_size)
-        settle_all(to, count, FAILED, x->label, "5.3.4 the message is larger than this exchanger takes");
+        settle_all(to, count, x->bare ? LATER : FAILED, x->label, "5.3.4 the message is larger than this exchanger takes");
     else if (m->eight_bit && !x->eight_bit)     /* RFC 6152 3: we do not convert */
-        settle_all(to, count, FAILED, x->label, "5.6.3 8-bit content, and this exchanger offers no 8BITMIME");
+        settle_all(to, count, x->bare ? LATER : FAILED, x->label, "5.6.3 8-bit content, and this exchanger offers no 8BITMIME");
     else
         alive = transact_all(x, m, to, count);
     x->messages++;
@@ -1922,7 +2387,7 @@ static void talk(struct batch *b, struct exchange *x, struct message *m, struct 
     if (alive)
         say(x, QUIT, "QUIT\r\n");
     spend(x);
-    if (used && ended)
+    if ((used && ended) || (x->bare && !was_bare))
         x->progress = UNTRIED;
 }
 
@@ -2036,18 +2501,19 @@ static void write_delivery_status(FILE *out, const struct message *m)
     mail_date(date, wall_clock());
     for (size_t i = 0; i < m->count; i++) {
         const struct recipient *r = &m->recipients[i];
-        size_t name, relay;
+        size_t name, relay, address;
         const char *words;
 
         if (!is_new(r, FAILED))
             continue;
         name = strcspn(r->said, "[ ");
         relay = strcspn(r->said, " ");
+        address = strcspn(r->said, "/ ");       /* no /tls */
         words = r->said + relay + 1;
         find_status(words, status);
         put(out, "\r\nFinal-Recipient: rfc822; %s\r\nAction: failed\r\nStatus: %s\r\n", r->address, status);
         if (r->said[0] != '-')
-            put(out, "Remote-MTA: dns; %.*s\r\n", name > 0 ? (int)name : (int)relay, r->said);
+            put(out, "Remote-MTA: dns; %.*s\r\n", (int)(name > 0 ? name : address), r->said);
         put(out, "Diagnostic-Code: %s; %s\r\nLast-Attempt-Date: %s\r\n",
             strspn(words, "0123456789") == 3 ? "smtp" : "x-relay", words, date);
     }

@@ -62,6 +62,7 @@ enum {
 struct settings settings = {
     .spool = "/var/spool/smtp",
     .mx_port = 25,
+    .tls = TLS_MAY,
     .per_address = -1,      /* a quarter of the table */
     .max_size = 50 * 1024 * 1024,
     .idle = 300,            /* RFC 5321 4.5.3.2.7 */
@@ -1491,6 +1492,7 @@ static void divide(void)
         forget_sessions();
     } else if (pid == 0) {
         divided = true;
+        wipe(settings.password, sizeof settings.password);      /* this process forwards nothing */
         child_count = 0;
         forget_server();
     }
@@ -1699,7 +1701,10 @@ static const char usage_text[] =
     "            -t time         drop a client after this silence, in s, m, h, d (5m)\n"
     "exchangers  -n host[:port]  ask this name server (those of /etc/resolv.conf)\n"
     "            -P port         where exchangers listen (25)\n"
+    "            -T tls          deliver by TLS: never, may (if offered), must (may)\n"
     "            -s host[:port]  send all mail to this smarthost\n"
+    "            -S host[:port]  ... with TLS from the first octet (port 465)\n"
+    "            -A file         our name and password there, a line each (port 587)\n"
     "            -w time         longest wait for an exchanger (RFC 5321's times)\n"
     "queue       -j number       forwarders at once (50)\n"
     "            -r, -e time     first retry after (5m), give up after (5d)\n";
@@ -1824,12 +1829,82 @@ static void add_nameserver(const char *text)
 static void set_smarthost(const char *text)
 {
     static char host[DNS_NAME_SIZE];
+    unsigned usual = settings.tls_first ? 465 : settings.user[0] != '\0' ? 587 : settings.mx_port;
     union address a;
 
-    if (!endpoint_parse(text, settings.mx_port, host, &settings.smarthost_port)
+    if (!endpoint_parse(text, usual, host, &settings.smarthost_port)
         || (!address_parse(host, 0, &a) && !is_domain(host)))
-        misused("-s %s: not a host such as mail.example.net or [2001:db8::25]:2525", text);
+        misused("-%c %s: not a host such as mail.example.net or [2001:db8::25]:2525", settings.tls_first ? 'S' : 's',
+            text);
     settings.smarthost = host;
+}
+
+static void set_tls(const char *text)
+{
+    static const char *const names[] = { "never", "may", "must" };
+
+    for (int i = TLS_NEVER; i <= TLS_MUST; i++)
+        if (strcmp(text, names[i]) == 0) {
+            settings.tls = (enum tls)i;
+            return;
+        }
+    misused("-T %s: not never, may or must", text);
+}
+
+/* Takes a line of -A's file.  False: it is empty, or too long. */
+static bool take_secret(const char **text, char secret[SECRET_SIZE])
+{
+    size_t length = strcspn(*text, "\r\n");
+
+    if (length == 0 || length >= SECRET_SIZE)
+        return false;
+    memcpy(secret, *text, length);
+    secret[length] = '\0';
+    *text += length;
+    *text += strspn(*text, "\r\n");
+    return true;
+}
+
+/* Reads our name and password at the smarthost, from a file that nobody else can
+ * read or write. */
+static void read_password(const char *path)
+{
+    char text[2 * SECRET_SIZE + 4];
+    const char *at = text;
+    struct stat st;
+    int fd = open(path, O_RDONLY | O_NONBLOCK);     /* a FIFO is refused below, not waited for */
+    ssize_t size;
+
+    if (fd < 0 || fstat(fd, &st) != 0)
+        die("cannot read the password file -A %s", path);
+    errno = 0;
+    if (!S_ISREG(st.st_mode) || (st.st_mode & 0777) != 0600)
+        die("-A %s holds a password, so it must be a file of mode 600: chmod 600 it", path);
+    if (st.st_uid != 0 && st.st_uid != getuid())
+        die("-A %s belongs to uid %ld, who could change it: chown it to uid %ld, or to root", path, (long)st.st_uid,
+            (long)getuid());
+    size = read(fd, text, sizeof text - 1);
+    close(fd);
+    text[size > 0 ? size : 0] = '\0';
+    if (!take_secret(&at, settings.user) || !take_secret(&at, settings.password) || at != text + size)
+        die("-A %s must hold two lines, a name and a password, each of at most %d octets", path, SECRET_SIZE - 1);
+    wipe(text, sizeof text);
+}
+
+/* What -s, -S, -A and -T ask for together. */
+static void settle_smarthost(const char *smarthost, const char *password_file)
+{
+    if (password_file != NULL && smarthost == NULL)
+        misused("-A is for a smarthost: name it with -s or -S");
+    if (password_file != NULL)
+        read_password(password_file);
+    if (smarthost != NULL)
+        set_smarthost(smarthost);
+    if (password_file == NULL && !settings.tls_first)
+        return;
+    if (settings.tls == TLS_NEVER)
+        misused("-T never: -A and -S send nothing without TLS");
+    settings.tls = TLS_VERIFIED;
 }
 
 /* Listens on one address.  False: this machine does not have it. */
@@ -1984,12 +2059,13 @@ static void default_names(void)
 
 static void read_options(int argc, char **argv, unsigned *port, const char **user, bool *list)
 {
-    const char *smarthost = NULL;
+    const char *smarthost = NULL, *password_file = NULL;
     int option;
 
     opterr = 0;
-    while ((option = getopt(argc, argv, ":a:c:d:e:h:j:lM:m:n:P:p:q:r:s:t:u:Vvw:X:")) != -1)
+    while ((option = getopt(argc, argv, ":A:a:c:d:e:h:j:lM:m:n:P:p:q:r:S:s:T:t:u:Vvw:X:")) != -1)
         switch (option) {
+        case 'A': password_file = optarg; break;
         case 'a': add_network(&settings.allowed, option, optarg); break;
         case 'c': settings.per_address = (long)number(option, optarg, 0, LONG_MAX); break;
         case 'd': add_domain(optarg); break;
@@ -2004,7 +2080,12 @@ static void read_options(int argc, char **argv, unsigned *port, const char **use
         case 'p': *port = (unsigned)number(option, optarg, 0, 65535); break;
         case 'q': settings.spool = optarg; break;
         case 'r': settings.retry = (long)quantity(option, optarg, &time_units, 1, 86400); break;
-        case 's': smarthost = optarg; break;
+        case 'S':
+        case 's':
+            settings.tls_first = option == 'S';
+            smarthost = optarg;
+            break;
+        case 'T': set_tls(optarg); break;
         case 't': settings.idle = (long)quantity(option, optarg, &time_units, 1, 86400); break;
         case 'u': *user = optarg; break;
         case 'V': version(); break;
@@ -2019,8 +2100,7 @@ static void read_options(int argc, char **argv, unsigned *port, const char **use
         default:
             misused("there is no option -%c (smtp -h explains the options)", optopt);
         }
-    if (smarthost != NULL)
-        set_smarthost(smarthost);       /* now that -P is known */
+    settle_smarthost(smarthost, password_file);     /* now that all of them are known */
 }
 
 /* Descriptors 0 to 2 exist, else a client's socket might become our stderr; and

@@ -70,6 +70,12 @@ struct nameservers {
     size_t count;           /* 1 to NAMESERVERS */
 };
 
+/* Whether exchangers get mail by TLS: never; where it goes; only so; only so, and
+ * with a certificate that proves the exchanger's name. */
+enum tls { TLS_NEVER, TLS_MAY, TLS_MUST, TLS_VERIFIED };
+
+enum { SECRET_SIZE = 256 };     /* a name or password for a smarthost, with its NUL */
+
 struct settings {
     const char *hostname;           /* -h: what we call ourselves */
     const char *spool;              /* -q: absolute path of the spool */
@@ -84,6 +90,10 @@ struct settings {
     struct nameservers nameservers; /* -n, or those of resolv.conf */
     const char *smarthost;          /* -s: its name or address, or NULL */
     unsigned smarthost_port;
+    enum tls tls;                   /* -T; -A and -S make it TLS_VERIFIED */
+    bool tls_first;                 /* -S: TLS begins before SMTP does (RFC 8314) */
+    char user[SECRET_SIZE];         /* -A: our name at the smarthost, or "" ... */
+    char password[SECRET_SIZE];     /* ... and the password for it */
     unsigned mx_port;               /* -P: where exchangers listen */
     unsigned long long max_size;    /* -m: octets in a message, 0 for any */
     long idle;                      /* -t: seconds of silence from a client */
@@ -123,6 +133,11 @@ struct line next_line(const char *bytes, size_t size, bool lf);
 /* The date of `when` as a message has it (RFC 5322 3.3), in UTC and in English
  * wherever we are, into `text`, which is returned. */
 const char *mail_date(char text[DATE_SIZE], time_t when);
+
+/* ---- forward.c: secrets ------------------------------------------------- */
+
+/* Overwrites a secret that is not needed any more. */
+void wipe(void *memory, size_t size);
 
 /* ---- forward.c: drafts, the messages that are still being received ----- */
 
