@@ -55,6 +55,14 @@ def exchangers():
         yield make
 
 
+@pytest.fixture(scope="session")
+def authority(tmp_path_factory):
+    """Signs certificates: see lab.Authority."""
+    if shutil.which("openssl") is None:
+        pytest.skip("openssl is not installed")
+    return lab.Authority(tmp_path_factory.mktemp("authority"))
+
+
 @pytest.fixture
 def relay(spool, dns):
     """relay("-v", mx_port=near.port): a Relay with this test's spool and name server."""

@@ -1,6 +1,7 @@
 """The lab: everything the relay meets in the world, on this machine's loopback.
 
     Nameserver   a DNS server whose zone is written by the test
+    Authority    signs the certificates of exchangers that speak TLS
     Exchanger    an SMTP server that records what it is told, and misbehaves on demand
     Relay        the program itself, as a process of its own
     Client       somebody with mail to send
@@ -12,6 +13,7 @@ inside.  Nothing here needs more than Python's standard library.
 Nothing here waits for a fixed time either: on a busy machine any time is too
 short, and on an idle one it is wasted.  wait_for() waits for what is meant.
 """
+import base64
 import contextlib
 import errno
 import ipaddress
@@ -21,6 +23,7 @@ import re
 import signal
 import socket
 import socketserver
+import ssl
 import struct
 import subprocess
 import threading
@@ -377,6 +380,35 @@ class Wire:
         self.sock.sendall(data)
 
 
+class Authority:
+    """Signs certificates, by openssl(1); `pem` is the file for SSL_CERT_FILE of all who trust it."""
+
+    KEY = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes")
+
+    def __init__(self, directory):
+        self._directory = Path(directory)
+        self.pem, self._key, self._count = self._directory / "authority.pem", self._directory / "authority.key", 0
+        self._openssl("req", "-x509", *self.KEY, "-keyout", self._key, "-out", self.pem, "-days", "2",
+                      "-subj", "/CN=The lab's authority")
+
+    def _openssl(self, *arguments):
+        subprocess.run(["openssl", *map(str, arguments)], cwd=self._directory, check=True, capture_output=True)
+
+    def certificate(self, *names, days=2):
+        """For these names and addresses; with negative `days` it has expired.  Returns the path of a
+        file with the key and the certificate."""
+        self._count += 1
+        key, request, names_file, pem = (self._directory / f"{self._count}.{kind}"
+                                         for kind in ("key", "request", "names", "pem"))
+        kinds = ["IP" if name[-1].isdigit() or ":" in name else "DNS" for name in names]
+        names_file.write_text("subjectAltName=" + ",".join(map(":".join, zip(kinds, names))))
+        self._openssl("req", *self.KEY, "-keyout", key, "-out", request, "-subj", f"/CN={names[0]}")
+        self._openssl("x509", "-req", "-in", request, "-CA", self.pem, "-CAkey", self._key, "-CAcreateserial",
+                      "-days", days, "-extfile", names_file, "-out", pem)
+        pem.write_text(pem.read_text() + key.read_text())
+        return pem
+
+
 class Connection(Wire):
     """One connection to an Exchanger."""
 
@@ -387,6 +419,9 @@ class Connection(Wire):
         self.client_port = client[1]
         self.opened = time.monotonic()
         self.closed = False
+        self.tls = None             # the version, such as "TLSv1.3", once the handshake is done
+        self.server_name = None     # what the client called us by in it (RFC 6066 3)
+        self.user = None            # who has logged in
         self.transcript = []        # ("C" or "S", line); the content is left out
 
     @property
@@ -409,6 +444,19 @@ class Connection(Wire):
         lines = reply.split("\n")
         self.transcript += [("S", line) for line in lines]
         self.send("".join(line + "\r\n" for line in lines).encode())
+
+    def begin_tls(self, certificate, version):
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(certificate)
+        if version is not None:
+            context.minimum_version = context.maximum_version = version
+
+        def note(sock, name, context):
+            self.server_name = name
+
+        context.sni_callback = note
+        self.sock = context.wrap_socket(self.sock, server_side=True)
+        self.tls = self.sock.version()
 
     def hang_up(self, reset):
         if reset:       # no time to linger: close() sends RST in place of FIN
@@ -439,7 +487,8 @@ class Exchanger:
 
     A moment of the dialogue has a key: "CONNECT", "EHLO", "HELO", "MAIL", "RCPT",
     ("RCPT", "<b@example.net>"), "DATA", "BODY" (the 354 is sent, nothing of
-    the content is read), ".", "RSET", "QUIT".  The behaviour can be changed at any time:
+    the content is read), ".", "RSET", "QUIT", "STARTTLS", "TLS" (in the place of the handshake), ("EHLO", "TLS")
+    (by TLS), "AUTH".  The behaviour can be changed at any time:
 
         replies         {key: reply}.  A reply is text, of several lines if need be;
                         or bytes, sent as they are; or a list, used up one by one;
@@ -456,6 +505,12 @@ class Exchanger:
         reset           whether it closes by RST
         greeting_delay  seconds
         extensions      what it answers to EHLO
+        certificate     a file with a key and a certificate: it offers STARTTLS
+        tls_first       whether TLS begins with the connection
+        tls_version     the one that it speaks, of ssl.TLSVersion
+        close_notify    whether it ends TLS before the connection
+        accounts        {name: password}: only they may send mail, and only by TLS they log in
+        mechanisms      of AUTH
     """
 
     EXTENSIONS = ("PIPELINING", "SIZE 10485760", "8BITMIME", "ENHANCEDSTATUSCODES")
@@ -471,6 +526,10 @@ class Exchanger:
         self.reset = False
         self.greeting_delay = 0
         self.extensions = self.EXTENSIONS
+        self.certificate = self.tls_version = None
+        self.tls_first = self.close_notify = False
+        self.accounts = {}
+        self.mechanisms = ("PLAIN", "LOGIN")
         self.connection_limit = self.recipient_limit = None
         self.too_many = "452 4.5.3 Error: too many recipients"
         self.connections = []
@@ -501,7 +560,7 @@ class Exchanger:
         self._server.stop()
         for connection in self.connections:
             with contextlib.suppress(OSError):
-                connection.sock.shutdown(socket.SHUT_RDWR)
+                socket.socket.shutdown(connection.sock, socket.SHUT_RDWR)   # below TLS, which has its own shutdown()
 
     close = stop
 
@@ -521,11 +580,17 @@ class Exchanger:
                 connection.reply(self.BUSY)
             else:
                 self._converse(connection)
+                if connection.tls and self.close_notify:
+                    connection.sock.unwrap()
+        if connection.tls:
+            connection.sock.close()
         connection.closed = True
         with self._counting:
             self._served -= not full
 
     def _converse(self, c):
+        if self.tls_first:
+            self._begin_tls(c)
         self._stopped.wait(self.greeting_delay)
         self._say(c, "CONNECT", f"220 {self.name} ESMTP")
         helo = message = None
@@ -537,8 +602,16 @@ class Exchanger:
             verb = verb.upper()
             path = self.PATH.fullmatch(line)
             if verb in ("EHLO", "HELO"):
-                if self._say(c, verb, self._hello(verb)):
+                if self._say(c, verb, self._hello(c, verb), "TLS" if c.tls else None):
                     helo, message = argument, None
+            elif verb == "STARTTLS" and self.certificate and not c.tls:
+                if self._say(c, verb, "220 2.0.0 Ready to start TLS"):
+                    self._begin_tls(c)
+                    helo = message = None
+            elif verb == "AUTH" and c.tls and not c.user:
+                self._say(c, verb, self._log_in(c, *argument.split(" ")))
+            elif verb == "MAIL" and self.accounts and not c.user:
+                self._say(c, verb, "530 5.7.0 Authentication required")
             elif verb == "MAIL" and path and helo and not message:
                 if self._say(c, verb, "250 2.1.0 Ok"):
                     message = Message(c, helo, path["path"] + path["parameters"])
@@ -560,8 +633,36 @@ class Exchanger:
             else:
                 self._say(c, verb, "503 5.5.1 Error: not here, or not in this form")
 
-    def _hello(self, verb):
-        lines = [self.name, *(self.extensions if verb == "EHLO" else ())]
+    def _begin_tls(self, c):
+        instead = self._choose(c, ["TLS"], None)
+        if instead is not None:
+            c.send(instead)
+            c.hang_up(self.reset)
+        c.begin_tls(self.certificate, self.tls_version)
+
+    def _log_in(self, c, mechanism, initial=None):
+        """The reply to AUTH (RFC 4954)."""
+        if mechanism == "PLAIN" and initial:
+            _, name, password = base64.b64decode(initial).decode().split("\0")
+        elif mechanism == "LOGIN" and not initial:
+            c.reply("334 VXNlcm5hbWU6")
+            name = base64.b64decode(c.command()).decode()
+            c.reply("334 UGFzc3dvcmQ6")
+            password = base64.b64decode(c.command()).decode()
+        else:
+            return "504 5.5.4 no such mechanism"
+        if mechanism not in self.mechanisms or self.accounts.get(name) != password:
+            return "535 5.7.8 Error: authentication failed"
+        c.user = name
+        return "235 2.7.0 Authentication successful"
+
+    def _hello(self, c, verb):
+        offered = list(self.extensions)
+        if self.certificate and not c.tls:
+            offered.append("STARTTLS")
+        if self.accounts and c.tls:
+            offered.append(" ".join(["AUTH", *self.mechanisms]))
+        lines = [self.name, *(offered if verb == "EHLO" else ())]
         return "\n".join(["250-" + line for line in lines[:-1]] + ["250 " + lines[-1]])
 
     def _take_content(self, c, message):
