@@ -54,7 +54,9 @@ enum {
     STORING_AT_ONCE = 16,   /* messages; more would wait for the same disk, each in a process */
     REST = 1000,            /* ms without accepting when something has run out */
     LISTENERS = 16,
-    RESERVE = LISTENERS + 16,   /* descriptors that are no client's */
+    STRANGERS = 16,         /* clients that may not relay and are heard at once; the others are disconnected */
+    STRANGER_TIME = 5000,   /* ms that one of them is heard */
+    RESERVE = LISTENERS + STRANGERS + 16,   /* descriptors that are not for clients that may relay */
     ACCEPTS = 64,           /* clients accepted before the others are served again */
     INHERITED = 65536       /* descriptors closed at the start; there may be some beyond today's limit */
 };
@@ -177,6 +179,7 @@ struct session {
     bool skipping;          /* inside a command line that is too long */
     bool extended;          /* EHLO, not HELO */
     bool check;             /* a proxy that only looks whether we live: it sends no mail */
+    bool stranger;          /* it may not relay: its greeting was 554, and all but QUIT is answered 503 */
     unsigned errors;        /* 5xx replies since the last completed transaction */
     int64_t deadline;       /* by clock_ms(): it has to say something before */
     int64_t limit;          /* and to have completed a transaction before */
@@ -645,9 +648,31 @@ static size_t count_connections(const union address *peer)
     return count;
 }
 
-/* May a client from there have a session?  If not, the reply to it is in
- * `refusal`. */
-static bool may_enter(const union address *peer, char refusal[REFUSAL_SIZE])
+static size_t count_strangers(void)
+{
+    size_t count = 0;
+
+    for (size_t i = 0; i < session_count; i++)
+        count += sessions[i]->stranger;
+    return count;
+}
+
+/* Whether the table has no room for another client.  Strangers take no client's
+ * place: their descriptors are in RESERVE. */
+static bool is_full(void)
+{
+    return session_count - count_strangers() >= session_limit;
+}
+
+enum entry {
+    ADMITTED,       /* the client may relay */
+    STRANGER,       /* it may not; it is kept until it says QUIT, or for STRANGER_TIME (RFC 5321 3.1) */
+    TURNED_AWAY     /* it is refused and disconnected at once (RFC 5321 7.8) */
+};
+
+/* Decides about a client at `peer`.  Unless it is admitted, the reply to it is left
+ * in `refusal`. */
+static enum entry admit(const union address *peer, char refusal[REFUSAL_SIZE])
 {
     char text[ADDRESS_TEXT];
 
@@ -655,33 +680,37 @@ static bool may_enter(const union address *peer, char refusal[REFUSAL_SIZE])
     if (!in_networks(peer, &settings.allowed)) {
         snprintf(refusal, REFUSAL_SIZE, "554 5.7.1 %s may not relay here: start smtp with -a %s to allow it",
             text, text);
-        return false;
+        return count_strangers() < STRANGERS ? STRANGER : TURNED_AWAY;
     }
     if (settings.per_address > 0 && count_connections(peer) >= (size_t)settings.per_address) {
         snprintf(refusal, REFUSAL_SIZE, "421 4.7.0 %s Error: too many connections from %s, %ld are allowed at once"
             " (smtp -c)", settings.hostname, text, settings.per_address);
-        return false;
+        return TURNED_AWAY;
     }
-    return true;
+    return ADMITTED;
 }
 
-/* It is known now who the client of a session is. */
-static void begin(struct session *s, const union address *peer, bool enters, const char *refusal)
+/* Sends the first reply of a session, now that its client's address is known. */
+static void begin(struct session *s, const union address *peer, enum entry entry, const char *refusal)
 {
     s->peer = *peer;
     s->port = address_port(peer);
     s->phase = CONNECTED;
-    if (enters) {
+    s->stranger = entry == STRANGER;
+    if (entry == ADMITTED) {
         reply(s, "220 %s ESMTP smtp " VERSION, settings.hostname);
-    } else {
-        reply(s, "%s", refusal);
-        start_closing(s);
+        return;
     }
+    reply(s, "%s", refusal);
+    s->limit = clock_ms() + STRANGER_TIME;
+    extend_deadline(s);
+    if (entry == TURNED_AWAY)
+        start_closing(s);
 }
 
-/* Reads a header of version 2 of HAProxy's PROXY protocol, and sets `peer` from
- * it; where the proxy speaks for itself, to see whether we live, `local` instead.
- * Returns the header's size, 0 if it is not all there, and -1 if it is none. */
+/* Reads a header of version 2 of HAProxy's PROXY protocol.  Sets `peer` from it, or
+ * `local` if the proxy connects for itself, as for a health check.  Returns the
+ * header's size, 0 if some of it has not come yet, or -1 if this is no such header. */
 static ssize_t read_proxy_header(const unsigned char *head, size_t size, union address *peer, bool *local)
 {
     static const char signature[] = "\r\n\r\n\0\r\nQUIT\n";
@@ -709,8 +738,8 @@ static ssize_t read_proxy_header(const unsigned char *head, size_t size, union a
     return HEAD + (ssize_t)length;
 }
 
-/* Consumes what a proxy says before its client may speak.  A proxy that speaks for
- * itself is greeted, and sends no mail, unless it may relay. */
+/* Consumes the header that a proxy sends before its client's first command.  A proxy
+ * that checks this server's health is admitted, but may send no mail if it may not relay. */
 static size_t take_proxy_header(struct session *s, const char *bytes, size_t size)
 {
     union address peer = s->peer;
@@ -724,12 +753,12 @@ static size_t take_proxy_header(struct session *s, const char *bytes, size_t siz
         s->phase = GONE;
     } else if (n > 0) {
         s->check = local && !in_networks(&peer, &settings.allowed);
-        begin(s, &peer, s->check || may_enter(&peer, refusal), refusal);
+        begin(s, &peer, s->check ? ADMITTED : admit(&peer, refusal), refusal);
     }
     return n < 0 ? size : (size_t)n;
 }
 
-/* Is mail taken for this domain? */
+/* Whether -d lets mail to this domain in. */
 static bool is_relayed(const char *domain)
 {
     for (size_t i = 0; i < settings.domain_count; i++)
@@ -1032,7 +1061,9 @@ static void dispatch(struct session *s, char *line)
 
     while (c->verb[0] != '\0' && (strlen(c->verb) != verb || strncasecmp(c->verb, line, verb) != 0))
         c++;
-    if (c->out_of_order[s->phase] != NULL)
+    if (s->stranger && c->handle != do_quit)
+        reply(s, "503 5.5.1 Error: you may not relay here, send QUIT");     /* RFC 5321 3.1 */
+    else if (c->out_of_order[s->phase] != NULL)
         reply(s, "%s", c->out_of_order[s->phase]);
     else if (c->handle == NULL || (c->says != NULL && *argument != '\0'))
         reply(s, "%s", c->says);
@@ -1441,7 +1472,8 @@ static void serve_session(struct session *s, fd_set *readable, fd_set *writable)
     }
 }
 
-/* A client that gets no session is told why, if it takes so much at once. */
+/* Refuses a client that gets no session: sends it the reason, as far as that can be
+ * sent at once, and closes the connection. */
 static void turn_away(int fd, const union address *peer, const char *refusal)
 {
     char line[REFUSAL_SIZE + 2], text[ADDRESS_TEXT];
@@ -1453,21 +1485,27 @@ static void turn_away(int fd, const union address *peer, const char *refusal)
     close(fd);
 }
 
-/* A new client: a session, or a refusal. */
+/* Gives a new client its session, or turns it away. */
 static void welcome(int fd, union address peer)
 {
     static const struct session fresh = { .phase = PROXIED };
-    char refusal[REFUSAL_SIZE] = "421 4.3.0 Error: out of memory, try again later";
-    struct session *s = NULL;
+    char refusal[REFUSAL_SIZE];
+    struct session *s;
+    enum entry entry = ADMITTED;
     bool proxy;
 
     fcntl(fd, F_SETFL, O_NONBLOCK);
     address_unmap(&peer);       /* an IPv4 client of an IPv6 socket is an IPv4 client */
     proxy = in_networks(&peer, &settings.proxies);
-    if (proxy || may_enter(&peer, refusal))
-        s = malloc(sizeof *s);
-    if (s == NULL) {
+    if (!proxy)
+        entry = admit(&peer, refusal);
+    if (entry == TURNED_AWAY) {
         turn_away(fd, &peer, refusal);
+        return;
+    }
+    s = malloc(sizeof *s);
+    if (s == NULL) {
+        turn_away(fd, &peer, "421 4.3.0 Error: out of memory, try again later");
         return;
     }
     *s = fresh;
@@ -1477,7 +1515,7 @@ static void welcome(int fd, union address peer)
     renew(s);
     sessions[session_count++] = s;
     if (!proxy)
-        begin(s, &peer, true, NULL);
+        begin(s, &peer, entry, refusal);
     flush(s);
 }
 
@@ -1507,9 +1545,9 @@ static void accept_clients(int listener)
         socklen_t size = sizeof peer;
         int fd;
 
-        if (session_count >= session_limit)
+        if (is_full())
             divide();
-        if (divided || session_count >= session_limit)
+        if (divided || is_full())
             return;
         fd = accept(listener, &peer.sa, &size);
         if (fd < 0 && (errno == EINTR || errno == ECONNABORTED))

@@ -9,6 +9,7 @@ import ctypes
 import ipaddress
 import os
 import random
+import re
 import shutil
 import socket
 import subprocess
@@ -59,13 +60,17 @@ def enter_network(pid):
 
 
 @pytest.fixture
-def alone(relay, binary):
-    """alone("-a", "192.0.2.0/24"): a relay that listens everywhere in its network.
-    .connect(address) is a Client that comes from that address, and goes to it, too."""
+def alone(relay, binary, tmp_path):
+    """alone("-a", "192.0.2.0/24", before="ulimit -n 64"): a relay that listens everywhere
+    in its network, started by a shell that has done this before.  .connect(address) is a
+    Client that comes from that address, and goes to it, too."""
     made = []
 
-    def make(*options):
-        server = relay(*options, binary=binary, addresses=["0.0.0.0", "::"])
+    def make(*options, before=":"):
+        wrapper = tmp_path / "before"
+        wrapper.write_text(f'#!/bin/sh\n{before} && exec {binary} "$@"\n')
+        wrapper.chmod(0o700)
+        server = relay(*options, binary=wrapper, addresses=["0.0.0.0", "::"])
         ipv4_port, ipv6_port = server.ports
         inside = ThreadPoolExecutor(1, initializer=enter_network, initargs=(server.pid,))
         server.within = lambda *arguments, **options: inside.submit(*arguments, **options).result()
@@ -98,11 +103,66 @@ def test_a_stranger_is_told_why_and_what_to_do(alone, address):
         refusal = client.reply()
         assert refusal.startswith("554 5.7.1 ")
         assert address in refusal.split() and f"-a {address}" in refusal
-        assert client.eof()
+        assert client.say("QUIT") == "221 2.0.0 OK" and client.eof()
     here.relay.wait_for_log(rf"{address}.*refused")
     for loopback in "127.0.0.1", "::1":
         with here.connect(loopback) as client:
             assert client.reply().startswith("220 ")
+
+
+def test_a_stranger_may_only_quit(alone):
+    """RFC 5321 3.1: 503 to everything else."""
+    here = alone()
+    with here.connect("192.0.2.1") as client:
+        assert client.reply().startswith("554 ")
+        for line in "EHLO me.com", "HELO me.com", "NOOP", "MAIL FROM:<>", "RCPT TO:<b@example.net>", "DATA", "RSET", "X", "":
+            assert client.say(line).startswith("503 5.5.1 ")
+        assert client.say("QUIT") == "221 2.0.0 OK" and client.eof()
+    assert here.relay.tmp() == here.relay.queue() == []
+
+
+@pytest.mark.parametrize("talks", [False, True])
+def test_a_stranger_is_heard_for_a_moment(alone, talks):
+    """Whatever it says: its time is not extended."""
+    with alone().connect("192.0.2.1") as client:
+        assert client.reply().startswith("554 ")
+        if talks:
+            client.send(b"NOOP\r\n")
+            assert client.reply().startswith("503 ")
+        assert client.reply().startswith("421 4.4.2 ") and client.eof()
+
+
+def held(here, address):
+    """A client from there that the server goes on hearing, or None."""
+    client = here.connect(address)
+    assert client.reply().startswith("554 ")
+    with contextlib.suppress(OSError, AssertionError):      # it may have been closed before that
+        if client.say("NOOP").startswith("503 "):
+            return client
+    return None
+
+
+def test_only_some_strangers_are_heard_at_once(alone):
+    """RFC 5321 7.8: the others are told the same, and hung up on."""
+    here = alone()
+    strangers = [held(here, "192.0.2.1") for _ in range(20)]
+    assert [client is not None for client in strangers] == [True] * 16 + [False] * 4
+    assert strangers[3].say("QUIT") == "221 2.0.0 OK" and strangers[3].eof()
+    wait_for(lambda: held(here, "2001:db8::1"))
+
+
+def test_strangers_take_no_clients_place(alone):
+    """They neither fill the table nor divide it, and clients are admitted beside them."""
+    here = alone("-c", 0, before="ulimit -n 64")
+    strangers = [held(here, "192.0.2.1") for _ in range(16)]
+    assert all(strangers)
+    clients = []
+    while not here.relay.logged("table full"):
+        clients.append(here.connect("127.0.0.1"))
+        assert clients[-1].reply().startswith("220 ") and len(clients) < 40
+    size, = here.relay.logged(r"table full: process \d+ serves (\d+) clients")[0].groups()
+    assert int(size) == len(clients) - 1 + 16 and len(clients) > 8
+    assert all(client.say("QUIT") == "221 2.0.0 OK" for client in strangers + clients)
 
 
 @pytest.mark.parametrize("address", ["192.0.2.1", "2001:db8::1"])
@@ -224,7 +284,7 @@ def test_a_welcome_stranger_sends(alone):
     assert b"Received: from me.com ([192.0.2.1]:" in message.read_bytes()
 
 
-# What open relays have fallen for.  Here a stranger comes to no command.
+# What open relays have fallen for.  Here no command of a stranger is obeyed.
 OPEN_RELAY = [(sender, recipient)
               for sender in (
                   "a@example.org", "", "a@[192.0.2.1]", f"a@{HOSTNAME}", "a@localhost", "a@127.0.0.1", "localhost")
@@ -248,8 +308,7 @@ def test_no_form_of_address_makes_a_stranger_welcome(unharmed, alone):
             while client.receive():
                 pass
         heard = b"".join(client.chunks)
-        # Who talks before he is greeted may lose what he is told, but is never told more.
-        assert heard.count(b"\r\n") <= 1 and heard.startswith(b"554 5.7.1 "[:len(heard)])
+        assert re.fullmatch(rb"554 5\.7\.1 .*\r\n(503 5\.5\.1 .*\r\n){7}221 2\.0\.0 OK\r\n", heard)
     assert here.relay.tmp() == here.relay.queue() == []
 
 

@@ -55,8 +55,20 @@ def test_the_client_is_the_one_that_the_proxy_names(behind, source):
 def test_a_stranger_behind_the_proxy_is_a_stranger(behind, source):
     client = behind(header(source))
     assert client.reply().startswith(f"554 5.7.1 {source.replace('::ffff:', '')} may not relay here")
-    assert client.eof()
+    assert client.say("MAIL FROM:<>").startswith("503 5.5.1 ")
+    assert client.say("QUIT") == "221 2.0.0 OK" and client.eof()
     behind.server.wait_for_log(rf"^{source.replace('::ffff:', '')}:4711 refused: 554 ")
+
+
+def test_only_some_strangers_behind_the_proxy_are_heard_at_once(behind):
+    strangers = [behind(header("192.0.3.1")) for _ in range(16)]
+    for client in strangers:
+        assert client.reply().startswith("554 5.7.1 ")
+    last = behind(header("192.0.3.1"))
+    assert last.reply().startswith("554 5.7.1 ") and last.eof()
+    assert behind(header("192.0.2.1")).reply().startswith(GREETING)
+    for client in strangers:
+        assert client.say("NOOP").startswith("503 5.5.1 ")
 
 
 def test_one_client_of_the_proxy_has_not_the_connections_of_all(behind):

@@ -466,7 +466,7 @@ def test_haproxy_says_who_the_client_is(relays, haproxy):
     assert received in message.data
     with Client(25, PROXY, source=STRANGER) as client:
         assert client.greeting.startswith(f"554 5.7.1 {STRANGER} may not relay here")
-        assert client.eof()
+        assert client.say("QUIT") == "221 2.0.0 OK" and client.eof()
     wait_for(lambda: any(relay.logged(rf"^{STRANGER}:\d+ refused: 554 ") for relay in made), what="the refusal in a log")
 
 
@@ -504,7 +504,7 @@ def test_a_proxy_without_an_a_may_look_and_not_relay(proxied):
 def test_a_proxy_that_connects_for_itself_as_a_client_is_a_client(proxied):
     client = proxied(header(PROXY))
     assert client.reply().startswith(f"554 5.7.1 {PROXY} may not relay here")
-    assert client.eof()
+    assert client.say("QUIT") == "221 2.0.0 OK" and client.eof()
 
 
 class Sender:

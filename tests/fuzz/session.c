@@ -347,7 +347,7 @@ static void check_session(const struct session *s)
     assert(s->in.size <= INPUT_SIZE && s->out.size <= OUTPUT_LIMIT + 2048);
     if (s->out.size == 0 && s->phase < STORING)     /* no more than what is not whole waits */
         assert(s->in.size <= (s->phase == PROXIED ? 16 + PROXY_LIMIT : COMMAND_LIMIT));
-    if (s->phase < CLOSING)                         /* whoever a proxy speaks for, no stranger gets in */
+    if (s->phase < CLOSING && !s->stranger)                         /* whoever a proxy speaks for, no stranger gets in */
         assert(in_network(&s->peer, &loopback));
     assert((s->tx != NULL) == (s->phase >= MAILED && s->phase <= STORING) || s->phase == GONE);
     assert(s->phase != STORING || (s->channel == CHANNEL && world.channel_open));
