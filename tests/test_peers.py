@@ -1,5 +1,6 @@
 """The peers relay as peers.py says: what is compared with them stands on that."""
 import os
+import subprocess
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -51,6 +52,41 @@ def test_relays_where_the_name_server_says(start_peer, name):
         send(start_peer(name, nameserver=dns.address.partition(":")[0]))
         arrived(exchanger)
         assert ("example.net", "MX") in [(query.name, query.type) for query in dns.queries]
+
+
+def test_processor_time_is_that_of_all_descendants():
+    """Of one that has ended and was not waited for, too."""
+    group = peers.Group()
+    if group.directory is None:
+        pytest.skip("there are no control groups here")
+    try:
+        busy = "i=0; while [ $i -lt 30000 ]; do i=$((i + 1)); done"
+        # The shell that is busy loses its parent, and init gets it: no child of ours has this time.
+        subprocess.run(group.within(["sh", "-c", f"sh -c '{busy}' & exit"]), check=True)
+        lab.wait_for(lambda: not group.pids(), what="the busy process ending")
+        assert group.cpu() > 0.01
+    finally:
+        group.remove()
+
+
+def test_this_server_is_in_its_control_group_from_the_beginning(start_peer):
+    peer = start_peer("smtp")
+    if peer._group.directory is None:
+        pytest.skip("there are no control groups here")
+    # The shell that put it there has become it.
+    lab.wait_for(lambda: len(peer.pids()) > 1, what="the queue manager")
+    assert set(peer.pids()) == set(peer._group.pids())
+
+
+def test_another_binary_goes_by_its_label(start_peer, exchangers, tmp_path):
+    exchanger, = exchangers(1)
+    binary = tmp_path / "older"
+    binary.symlink_to(lab.BINARY)
+    peer = start_peer("smtp", binary=binary, label="before", next_hop=(exchanger.host, exchanger.port))
+    assert (peer.name, peer.version()) == ("before", f"this server, as in {binary}")
+    assert Path(f"/proc/{peer.process.pid}/cmdline").read_bytes().startswith(bytes(binary) + b"\0")
+    send(peer)
+    arrived(exchanger)
 
 
 def test_a_plain_server_takes_mail(start_peer):
