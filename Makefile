@@ -61,8 +61,8 @@ fuzz:
 fuzz-replay:
 	CC='$(CC)' sh tests/fuzz/run replay
 
-# Beside other mail servers, those that can be had here: half an hour, or minutes with
-# make bench BENCH=--quick; tests/bench/bench.py -h has more.
+# Beside other mail servers, those that can be had here: an hour or more, or minutes with
+# make bench BENCH=--quick; the beginning of tests/bench/bench.py has more.
 BENCH =
 
 bench: smtp

@@ -1,6 +1,10 @@
 """The benchmark's own soundness: that a lost message, or one that comes twice, is seen."""
+import collections
+import contextlib
 import shutil
+import subprocess
 import sys
+import time
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -16,10 +20,9 @@ import lab
 @pytest.fixture(scope="module")
 def harness(tmp_path_factory):
     """Everything on ports that anybody may take, and mail straight to the sink."""
-    for name in ("cc", "smtp-source"):
-        if shutil.which(name, path=bench.peers.SYSTEM_PATH) is None:
-            pytest.skip(f"there is no {name} here")
-    harness = bench.Bench(tmp_path_factory.mktemp("bench"), quick=True, resolver=False)
+    if shutil.which("cc") is None:
+        pytest.skip("there is no cc here")
+    harness = bench.Bench(tmp_path_factory.mktemp("bench"), quick=True, resolver=False, before=lab.BINARY)
     yield harness
     harness.close()
 
@@ -86,16 +89,131 @@ def test_nothing_lost_and_nothing_twice(harness, run, send, sent, words):
     assert str(failure.value) == words
 
 
+def test_sink_answers_late(harness, tmp_path):
+    with contextlib.closing(bench.Sink(harness.directory, [lab.loopback()], harness.slow.port, delay=0.5)) as sink:
+        sink.start()
+        began = time.monotonic()
+        clients = [lab.Client(sink.port, sink.host) for _ in range(3)]
+        for number, client in enumerate(clients):
+            client.send(f"MAIL FROM:<a@b.c>\r\nRCPT TO:<{number}r1@b.c>\r\nDATA\r\nx\r\n.\r\nNOOP\r\n".encode())
+        for client in clients:
+            assert [client.reply()[:3] for _ in range(3)] == ["250", "250", "354"]
+        # What came behind the final dot waits, too; another delay begins with another message.
+        for client in clients:
+            assert [client.reply()[:3] for _ in range(2)] == ["250", "250"]
+        assert all(arrival.time - began >= 0.5 for arrival in sink.wait("r1", range(3)))
+        assert clients[0].deliver("a@b.c", ["3r1@b.c"], "x\n") == "250 2.0.0 Ok"
+        assert sink.wait("r1", range(4))[-1].time - began >= 1
+        for client in clients:
+            client.close()
+
+
+def test_sink_listens_at_all_addresses(harness):
+    hosts = [lab.loopback() for _ in range(20)]
+    with contextlib.closing(bench.Sink(harness.directory, hosts, harness.slow.port)) as sink:
+        sink.start()
+        for number, host in enumerate(hosts):
+            with lab.Client(sink.port, host) as client:
+                assert client.deliver("a@b.c", [f"{number}r1@b.c"], "x\n") == "250 2.0.0 Ok"
+        sink.wait("r1", range(20))
+
+
+def source(harness, to, *counts, **how):
+    run = harness.run()
+    bench.send(harness.directory / "source", to, run, *counts, **how)
+    return run
+
+
+def test_source_sends_to_all_domains_in_turn(harness):
+    run = source(harness, harness.sink, 100, 7, domains=bench.DOMAINS, size=1000)
+    arrivals = harness.sink.wait(run, range(1, 101))
+    assert {arrival.number: arrival.domain for arrival in arrivals} == {
+        number: bench.DOMAINS[(number - 1) % 20] for number in range(1, 101)}
+    assert all(1000 < arrival.octets < 1500 for arrival in arrivals)
+
+
+def test_source_sends_what_does_not_go_out_at_once(harness):
+    run = source(harness, harness.sink, 4, 2, size=bench.LARGE)
+    assert all(arrival.octets > bench.LARGE for arrival in harness.sink.wait(run, range(1, 5)))
+
+
+@pytest.mark.parametrize("keep, connections", [(False, 10), (True, 3)])
+def test_source_keeps_its_connections_if_told(harness, exchangers, keep, connections):
+    exchanger, = exchangers(1)
+    run = source(harness, exchanger, 10, 3, keep=keep)
+    messages = exchanger.wait_for_messages(10)
+    assert sorted(message.recipients for message in messages) == sorted(
+        [f"<{number}{run}@example.net>"] for number in range(1, 11))
+    assert len({message.connection for message in messages}) == connections
+
+
+def test_source_says_what_it_was_refused_with(harness, exchangers):
+    exchanger, = exchangers(1)
+    exchanger.set(replies={"RCPT": ["250 2.1.5 Ok", "452 4.3.1 no room"]})
+    with pytest.raises(bench.Failed, match=r"^source: message 2: 452 4\.3\.1 no room$"):
+        source(harness, exchanger, 5, 1)
+    harness.slow.stop()
+    with pytest.raises(bench.Failed, match="Connection refused"):
+        source(harness, harness.slow, 5, 1)
+
+
 def test_a_round(harness, tmp_path):
-    assert bench.measure_all(harness, ["latency", "drain"], ["smtp"], 1), harness.notes
-    found = {record["metric"]: record["value"] for record in harness.records}
-    assert found["drain"] > 0 and found["drain cpu"] > 0
-    assert 0 < found["latency reply"] and 0 < found["latency arrival"]
+    assert bench.measure_all(harness, ["latency", "drain"], ["smtp", "before"], 1), harness.notes
+    found = {(record["peer"], record["metric"]): record["value"] for record in harness.records}
+    for peer in ("smtp", "before"):
+        for metric in ("drain", "drain cpu", "latency reply", "latency arrival"):
+            assert found[peer, metric] > 0
     text = bench.report({"surroundings": {"system": "this"}, "versions": {}, "notes": ["a note"],
                          "records": harness.records})
-    assert "backlog drained /s" in text and text.endswith("a note\n")
+    assert "backlog drained /s" in text and "smtp/before" in text and text.endswith("a note\n")
     bench.draw(bench.Results(harness.records), tmp_path / "charts")
     assert sorted(path.name for path in (tmp_path / "charts").iterdir()) == ["drain.svg", "latency.svg"]
+
+
+def test_a_backlog_for_twenty_domains_and_a_slow_exchanger(harness, monkeypatch):
+    monkeypatch.setattr(harness, "records", [])
+    assert bench.measure(harness, "drain-20", 40, "smtp") and bench.measure(harness, "slow", 3, "smtp"), harness.notes
+    found = {(record["metric"], record["at"]): record["value"] for record in harness.records}
+    assert found["twenty drain", 0] > 0 and found["twenty drain cpu", 0] > 0
+    assert found["slow", 3] >= 1
+
+
+def test_throughput_to_one_domain_and_to_twenty(harness, monkeypatch):
+    monkeypatch.setattr(harness, "count", lambda *_: 50)
+    monkeypatch.setattr(harness, "records", [])
+    assert bench.measure_all(harness, ["throughput", "throughput-20"], ["smtp"], 1), harness.notes
+    found = {(record["metric"], record["at"]): record["value"] for record in harness.records}
+    for metric, at in (("accepted", 1), ("accepted", 20), ("twenty accepted", 20)):
+        assert found[metric, at] > 0 and found[metric.replace("accepted", "cpu"), at] > 0
+
+
+def test_every_run_has_a_new_spool_and_peers_take_turns(harness, monkeypatch):
+    runs = []
+
+    def run(bench, peer, at):
+        assert all(not spool.exists() for _, _, spool in runs)
+        assert not list(peer.directory.glob("spool/queue/*"))
+        runs.append((peer.name, at, peer.directory / "spool"))
+
+    monkeypatch.setitem(bench.MEASURES, "all", bench.Measure(run, (), (1, 2)))
+    monkeypatch.setitem(bench.MEASURES, "first", bench.Measure(run, (), (0,), every_round=False))
+    assert bench.measure_all(harness, ["all", "first"], ["smtp", "before"], 2), harness.notes
+    assert [(name, at) for name, at, _ in runs] == [
+        ("smtp", 1), ("before", 1), ("smtp", 2), ("before", 2), ("smtp", 0), ("before", 0),
+        ("before", 1), ("smtp", 1), ("before", 2), ("smtp", 2)]
+    assert len({spool for _, _, spool in runs}) == len(runs)
+
+
+def test_spools_are_placed_apart_where_that_can_be_asked_for(tmp_path):
+    if not bench.spread_out(tmp_path):
+        pytest.skip("this file system places as it likes")
+    flags = subprocess.run(["lsattr", "-d", tmp_path], stdout=subprocess.PIPE, text=True, check=True).stdout
+    assert "T" in flags.split()[0]
+
+
+def test_a_machine_that_is_not_quiet_is_told():
+    assert bench.unquiet(0.05) is None
+    assert "load was 1.50" in bench.unquiet(1.5)
 
 
 def test_results_are_medians():
@@ -103,7 +221,18 @@ def test_results_are_medians():
                for at, values in ((1, (30, 10, 20)), (20, (1000, 3000, 2000))) for round, value in enumerate(values)]
     results = bench.Results(records)
     assert results.lines("accepted") == {"smtp": [(1, 20), (20, 2000)]}
-    assert "accepted /s  2,000 (1,000-3,000)" in bench.summary(results)
+    assert "accepted /s  2,000 (1,000-3,000)" in "".join(bench.tables(results))
+
+
+def test_ratios_are_those_of_each_round():
+    records = [{"peer": peer, "metric": "accepted", "at": 20, "round": round, "value": value}
+               for peer, values in (("smtp", (30, 40, 90)), ("before", (20, 80, 30)), ("postfix", (10, None, 10)))
+               for round, value in enumerate(values) if value]
+    results = bench.Results(records)
+    assert results.ratios("smtp", "before", "accepted", 20) == [1.5, 0.5, 3]
+    assert results.ratios("smtp", "postfix", "accepted", 20) == [3, 9]
+    text = "".join(bench.tables(results))
+    assert "smtp/before" in text and "accepted /s  1.5 (0.5-3)" in text and "6 (3-9)" in text
 
 
 def test_chart_is_svg():

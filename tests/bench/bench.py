@@ -1,23 +1,40 @@
 """The benchmark: this server beside others, on this machine, in one run.
 
-    make bench                                        all of it, in about half an hour
+    make bench                                        all of it, in an hour or more
     python3 tests/bench/bench.py --quick              in a few minutes, and roughly
     python3 tests/bench/bench.py --only throughput,latency --peers smtp,postfix --rounds 5
     python3 tests/bench/bench.py --json bench.json --text bench.txt --charts docs/bench
 
-The way of a message is client, relay, name server, sink, all on loopback.  The
-client is Postfix's smtp-source, the name server Unbound, with one domain, whose
-one exchanger is the sink.  The peers are started one at a time, in turns: every
-round goes through all of them, each round in another order, so that what else
-this machine does meets all alike.  What is shown are medians and ranges; what
-compares are ratios.
+Beside an older revision of this server, as the peer `before`:
 
-The sink writes down every message by its id, which is its recipient.  After each
+    git worktree add /tmp/before REVISION
+    cc -O2 -o /tmp/before/smtp /tmp/before/smtp.c /tmp/before/dns.c /tmp/before/forward.c
+    python3 tests/bench/bench.py --before /tmp/before/smtp --peers smtp,postfix --rounds 5
+
+The way of a message is client, relay, name server, sink, all on loopback. The
+client is source.c, with a connection for each message, the name server Unbound,
+the sink sink.c. Most mail is for one domain, whose one exchanger is the sink; where
+a measure's name says 20, for twenty domains in turn, with an exchanger each: the
+sink, at twenty addresses.
+
+Every run is that of one peer, started for it alone, with a spool that is new: a
+file system may be slow where many files were deleted a moment ago, so each spool is
+a new directory, away from the others where chattr(1) can ask for that. The peers
+take turns, each round in another order, so that what else this machine does meets
+all alike. The results are medians and ranges of all rounds. To compare peers, look
+at the ratios: each is a median and a range, too, of what the rounds gave.
+
+The sink writes down every message by its id, which is its recipient. After each
 run every message that was accepted has arrived once, or the run is no result and
 this program's exit status is 1.
 
-As root only: the exchangers' port is 25, the name server's 53, since not every
-peer can be told another; and see peers.py.
+Processor time is that of the control group that a peer runs in, with all of its
+descendants, those included that have ended or that nobody waited for. Where there
+are no control groups, the results say so.
+
+It needs a quiet machine, and says so where it is not one. It runs as root only: the
+exchangers' port is 25, the name server's 53, since not every peer can be told
+another; and see peers.py.
 
 Contents, to be read from the end:
     The far end         the sink, the name server, and what is lost or comes twice
@@ -46,6 +63,7 @@ import tempfile
 import threading
 import time
 from pathlib import Path
+from typing import Callable, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))     # where the lab is
 
@@ -53,17 +71,23 @@ import charts
 import lab
 import peers
 
-COMPARED = ("smtp", "postfix", "opensmtpd", "exim", "haraka")
-DOMAIN, DEAD_DOMAIN = "example.net", "example.com"
+SERVERS = ("smtp", "postfix", "opensmtpd", "exim", "haraka")
+BEFORE = "before"               # an older binary of this server
+COMPARED = ("smtp", BEFORE, *SERVERS[1:])
+DOMAIN, DEAD_DOMAIN, SLOW_DOMAIN = "example.net", "example.com", "example.edu"
+DOMAINS = [f"d{number}.example.net" for number in range(1, 21)]
 SIZE = 4096                     # octets of a message's body
 LARGE = 10 * 1024 * 1024
-SESSIONS = (1, 5, 20, 100, 500)
+SESSIONS = (1, 20, 100, 500)
 USUAL = 20                      # sessions, where only one number is tried
+WAITING = 2000                  # messages of a backlog
+SLOW = 100                      # messages for an exchanger that takes a second for each
 IDLE = (1000, 5000, 20000)
 QUEUED = (100, 10000, 100000)
 FILLING = 300                   # seconds that a queue may take to fill
 HELD_BY_ONE = 5000              # idle clients that one process holds: descriptors are limited
 CLIENTS_AT_ADDRESS = 200        # below what any peer allows to one client address
+QUIET = 0.3                     # processes that want to run, on average: more are no quiet machine
 
 
 class Failed(Exception):
@@ -83,8 +107,7 @@ class Arrival:
     def __init__(self, line):
         recipient, micros, octets = line.split()
         self.time, self.octets = int(micros) / 1e6, int(octets)
-        # smtp-source -N puts a number before the recipient it is given.
-        number, self.run = re.match(r"(\d+)(\D\w*)@", recipient).groups()
+        number, self.run, self.domain = re.fullmatch(r"(\d+)(\D\w*)@(.*)", recipient).groups()
         self.number = int(number)
 
 
@@ -98,15 +121,22 @@ def account(numbers, arrivals):
         raise Failed(f"of {len(numbers)} messages {lost} lost, {twice} twice, {strange} never sent")
 
 
-class Sink:
-    """Takes all mail at an address, from start() to stop(), and knows what came."""
+def built(directory, name):
+    """A program of this directory, built in that one."""
+    binary = directory / name
+    if not binary.exists():
+        subprocess.run(["cc", "-O2", "-o", binary, Path(__file__).with_name(f"{name}.c")], check=True)
+    return binary
 
-    def __init__(self, directory, host, port):
-        self.host, self.port = host, port
-        self._binary = directory / "sink"
-        if not self._binary.exists():
-            subprocess.run(["cc", "-O2", "-o", self._binary, Path(__file__).with_name("sink.c")], check=True)
-        self._path = directory / f"arrivals-{host}"
+
+class Sink:
+    """Takes all mail at some addresses, from start() to stop(), and knows what came. It
+    answers a message after `delay` seconds."""
+
+    def __init__(self, directory, hosts, port, delay=0):
+        self.hosts, self.host, self.port = hosts, hosts[0], port
+        self._command = [built(directory, "sink"), "-d", str(round(delay * 1000)), str(port), *hosts]
+        self._path = directory / f"arrivals-{self.host}"
         self._path.touch()
         self._stream = open(self._path, encoding="ascii")
         self._part = ""                                 # a line that is not whole yet
@@ -115,15 +145,14 @@ class Sink:
 
     def start(self):
         with open(self._path, "ab") as output:
-            self._process = subprocess.Popen([self._binary, self.host, str(self.port)], stdin=subprocess.DEVNULL,
-                                             stdout=output)
+            self._process = subprocess.Popen(self._command, stdin=subprocess.DEVNULL, stdout=output)
         lab.wait_for(self._listens, what="the sink listening")
 
     def _listens(self):
         if self._process.poll() is not None:
             raise Failed("the sink does not start")
         with contextlib.suppress(OSError):
-            socket.create_connection((self.host, self.port), 1).close()
+            socket.create_connection((self.hosts[-1], self.port), 1).close()
             return True
         return False
 
@@ -164,7 +193,8 @@ class Sink:
 
 
 class Unbound:
-    """The name server: two domains, one exchanger each, and nothing else in the world."""
+    """The name server: some domains, each with one exchanger at an address, and nothing
+    else in the world."""
 
     SETTINGS = """\
 server:
@@ -184,10 +214,10 @@ remote-control:
     control-enable: no
 """
 
-    def __init__(self, directory, **sinks):
+    def __init__(self, directory, exchangers):
         self.host = lab.loopback()
-        data = "".join(f'    local-data: "{name} IN MX 10 mx.{name}"\n    local-data: "mx.{name} IN A {sink.host}"\n'
-                       for name, sink in sinks.items())
+        data = "".join(f'    local-data: "{name} IN MX 10 mx.{name}"\n    local-data: "mx.{name} IN A {address}"\n'
+                       for name, address in exchangers.items())
         settings = directory / "unbound.conf"
         settings.write_text(self.SETTINGS.format(host=self.host, directory=directory, data=data))
         self._process = subprocess.Popen([peers.program("unbound"), "-d", "-c", settings], stdin=subprocess.DEVNULL,
@@ -210,18 +240,17 @@ remote-control:
 # ---- Clients -----------------------------------------------------------------------
 
 
-def smtp_source(peer, run, count, sessions, domain=DOMAIN, size=SIZE, reuse=False):
-    """Sends `count` messages, one in each connection unless `reuse`; returns the seconds
-    until all have been accepted."""
-    command = [peers.program("smtp-source"), "-s", sessions, "-m", count, "-l", size, "-N", "-M", "client.example.org",
-               "-f", "bench@example.org", "-t", f"{run}@{domain}", *(["-d"] if reuse else []),
-               f"{peer.host}:{peer.port}"]
-    began = time.monotonic()
+def send(source, peer, run, count, sessions, domains=(DOMAIN,), size=SIZE, keep=False):
+    """Sends `count` messages by the source, one in each connection unless it shall `keep`
+    those; returns the seconds until all have been accepted."""
+    command = [source, *(["-k"] if keep else []), sessions, count, size, run, peer.host, peer.port, *domains]
     done = subprocess.run(list(map(str, command)), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-                          stderr=subprocess.STDOUT, text=True, timeout=900)
+                          stderr=subprocess.PIPE, text=True, timeout=900)
     if done.returncode != 0:
-        raise Failed(f"smtp-source: {done.stdout.strip()}")
-    return time.monotonic() - began
+        raise Failed(f"source: {done.stderr.strip()}")
+    seconds, accepted = done.stdout.split()
+    assert int(accepted) == count, done.stdout
+    return float(seconds)
 
 
 LETTER = "Subject: one message\n\n" + ("x" * 63 + "\n") * (SIZE // 64)
@@ -376,32 +405,45 @@ class Bench:
     """What every measure needs, and what they have found."""
 
     # The clients of a benchmark come from one address; a relay's do not.
-    OPTIONS = {"smtp": ("-c", "0")}
+    OPTIONS = ("-c", "0")
 
-    def __init__(self, directory, quick=False, resolver=True):
-        """Without `resolver`, mail goes straight to the sink, and no port below 1024 is taken."""
-        self.directory, self.quick = directory, quick
+    def __init__(self, directory, quick=False, resolver=True, before=None):
+        """Without `resolver`, mail goes straight to a sink, and no port below 1024 is taken.
+        `before` is the binary of the peer of that name."""
+        self.directory, self.quick, self._before = directory, quick, before
         self.records, self.notes = [], []
         self.round = self._runs = 0
-        self.sink, self.dead = (self._sink(resolver) for _ in range(2))     # dead: down until it is needed
-        self.dns = Unbound(directory, **{DOMAIN: self.sink, DEAD_DOMAIN: self.dead}) if resolver else None
+        self._source = built(directory, "source")
+        self.sink = self._make_sink(resolver, len(DOMAINS) if resolver else 1)
+        self.dead = self._make_sink(resolver)               # down until it is needed
+        self.slow = self._make_sink(resolver, delay=1)      # so is this one
+        self.dns = Unbound(directory, {DOMAIN: self.sink.host, **dict(zip(DOMAINS, self.sink.hosts)),
+                                       DEAD_DOMAIN: self.dead.host, SLOW_DOMAIN: self.slow.host}) if resolver else None
         self.sink.start()
 
-    def _sink(self, resolver):
-        host = lab.loopback()
-        with socket.create_server((host, 25 if resolver else 0)) as free:
-            return Sink(self.directory, host, free.getsockname()[1])
+    def _make_sink(self, resolver, addresses=1, delay=0):
+        hosts = [lab.loopback() for _ in range(addresses)]
+        port = 25 if resolver else 0
+        for host in hosts:
+            with socket.create_server((host, port)) as free:
+                port = free.getsockname()[1]
+        return Sink(self.directory, hosts, port, delay)
 
     def close(self):
-        self.sink.close()
-        self.dead.close()
+        for sink in (self.sink, self.dead, self.slow):
+            sink.close()
         if self.dns:
             self.dns.stop()
 
-    def start(self, name):
-        """The peer, sending to where the name server says, or straight to the sink."""
-        way = {"nameserver": self.dns.host} if self.dns else {"next_hop": (self.sink.host, self.sink.port)}
-        return peers.start(name, *self.OPTIONS.get(name, ()), directory=self.directory, **way)
+    def start(self, name, sink=None):
+        """The peer, with a new spool, sending to where the name server says, or straight to
+        a sink."""
+        sink = sink or self.sink
+        way = {"nameserver": self.dns.host} if self.dns else {"next_hop": (sink.host, sink.port)}
+        if name == BEFORE:
+            way.update(binary=self._before, label=BEFORE)
+            name = "smtp"
+        return peers.start(name, *(self.OPTIONS if name == "smtp" else ()), directory=self.directory, **way)
 
     def run(self):
         """The name of the next run."""
@@ -409,14 +451,14 @@ class Bench:
         return f"r{self._runs}"
 
     def send(self, peer, count, sessions, **how):
-        """A run of smtp-source: its name, the numbers of its messages, and the seconds."""
+        """A run of messages: its name, their numbers, and the seconds until all were accepted."""
         run = self.run()
-        return run, range(1, count + 1), smtp_source(peer, run, count, sessions, **how)
+        return run, range(1, count + 1), send(self._source, peer, run, count, sessions, **how)
 
-    def rate(self, peer, sessions=USUAL):
+    def rate(self, peer, sessions=USUAL, domains=(DOMAIN,)):
         """Messages that go all the way in a second, roughly; the peer is warm after this."""
         began = time.monotonic()
-        run, numbers, _ = self.send(peer, max(100, sessions), sessions)
+        run, numbers, _ = self.send(peer, max(100, sessions), sessions, domains=domains)
         last = max(arrival.time for arrival in self.sink.wait(run, numbers))
         return len(numbers) / (last - began)
 
@@ -432,11 +474,11 @@ class Bench:
         print(f"    {text}", file=sys.stderr, flush=True)
 
 
-def load(bench, peer, at, rate, sessions, metric=""):
+def load(bench, peer, at, rate, sessions, metric="", domains=(DOMAIN,)):
     """A run of messages, and what it took: metrics with `metric` before their names."""
     quiet(peer)
     cpu, began = peer.cpu(), time.monotonic()
-    run, numbers, seconds = bench.send(peer, bench.count(rate, 4), sessions)
+    run, numbers, seconds = bench.send(peer, bench.count(rate, 4), sessions, domains=domains)
     last = max(arrival.time for arrival in bench.sink.wait(run, numbers))
     quiet(peer)
     bench.record(peer, metric + "accepted", at, len(numbers) / seconds)
@@ -444,10 +486,14 @@ def load(bench, peer, at, rate, sessions, metric=""):
     bench.record(peer, metric + "cpu", at, 1000 * (peer.cpu() - cpu) / len(numbers))
 
 
-def throughput(bench, peer):
+def throughput(bench, peer, sessions):
     """Messages a second, and processor time of each, as sessions grow."""
-    for sessions in (1, USUAL) if bench.quick else SESSIONS:
-        load(bench, peer, sessions, bench.rate(peer, sessions), sessions)
+    load(bench, peer, sessions, bench.rate(peer, sessions), sessions)
+
+
+def throughput_20(bench, peer, sessions):
+    """The same, to twenty domains."""
+    load(bench, peer, sessions, bench.rate(peer, sessions, DOMAINS), sessions, "twenty ", DOMAINS)
 
 
 def one_by_one(bench, peer, at, metric, most=30):
@@ -459,14 +505,14 @@ def one_by_one(bench, peer, at, metric, most=30):
         bench.record(peer, metric + name, at, 1000 * statistics.median(values))
 
 
-def latency(bench, peer):
+def latency(bench, peer, _):
     """How long one message takes when there is no other."""
     bench.rate(peer)
     quiet(peer)
     one_by_one(bench, peer, 0, "latency ")
 
 
-def large(bench, peer):
+def large(bench, peer, _):
     """Messages of 10 MB, four at a time."""
     run, numbers, seconds = bench.send(peer, 4, 4, size=LARGE)
     bench.sink.wait(run, numbers)
@@ -485,7 +531,8 @@ def drained(bench, peer, sink, run, numbers, at, metric):
     cpu, began = peer.cpu(), time.monotonic()
     if not peer.flush():
         bench.note(f"{peer.name}: cannot be told that the next hop is back, and finds out by itself")
-    arrivals = sink.wait(run, numbers, 180, peer.flush)     # who was being tried has missed the first flush
+    # A message that was being tried misses the first order: hence further ones.
+    arrivals = sink.wait(run, numbers, 180, peer.flush)
     quiet(peer)
     times = sorted(arrival.time for arrival in arrivals)
     bench.record(peer, metric, at, (len(times) - 1) / (times[-1] - times[0]))
@@ -493,35 +540,52 @@ def drained(bench, peer, sink, run, numbers, at, metric):
     bench.record(peer, metric + " cpu", at, 1000 * (peer.cpu() - cpu) / len(times))
 
 
-def drain(bench, peer):
+def drain(bench, peer, most, metric="drain", domains=(DOMAIN,)):
     """How fast a backlog leaves when the next hop is back."""
-    rate = bench.rate(peer)
+    rate = bench.rate(peer, domains=domains)
     quiet(peer)
     bench.sink.stop()
     try:
-        run, numbers, _ = bench.send(peer, bench.count(rate, 5, 3000), USUAL, reuse=True)
+        # Slow peers have a shorter backlog: its rate is what counts.
+        run, numbers, _ = bench.send(peer, bench.count(rate, 20, most), USUAL, domains=domains, keep=True)
         quiet(peer)
     finally:
         bench.sink.start()
-    drained(bench, peer, bench.sink, run, numbers, 0, "drain")
+    drained(bench, peer, bench.sink, run, numbers, 0, metric)
 
 
-def queue(bench, peer):
+def drain_20(bench, peer, most):
+    """The same, to twenty domains."""
+    drain(bench, peer, most, "twenty drain", DOMAINS)
+
+
+def slow(bench, peer, count):
+    """How long messages take to arrive where the exchanger takes a second for each."""
+    bench.slow.start()
+    try:
+        began = time.monotonic()
+        run, numbers, _ = bench.send(peer, count, USUAL, domains=[SLOW_DOMAIN])
+        last = max(arrival.time for arrival in bench.slow.wait(run, numbers, 120))
+        bench.record(peer, "slow", count, last - began)
+    finally:
+        bench.slow.stop()
+
+
+def queue(bench, peer, length):
     """Fresh mail while a queue waits for another domain, and how that queue drains."""
     rate = bench.rate(peer)
-    for length in (100, 500) if bench.quick else QUEUED:
-        if length / rate > FILLING:
-            raise Beyond(f"a queue of {length} would take {length / rate:.0f} s to fill")
-        run, numbers, _ = bench.send(peer, length, USUAL, domain=DEAD_DOMAIN, reuse=True)
-        load(bench, peer, length, rate, USUAL, "queue ")
-        bench.dead.start()
-        try:
-            drained(bench, peer, bench.dead, run, numbers, length, "queue drain")
-        finally:
-            bench.dead.stop()
+    if length / rate > FILLING:
+        raise Beyond(f"a queue of {length} would take {length / rate:.0f} s to fill")
+    run, numbers, _ = bench.send(peer, length, USUAL, domains=[DEAD_DOMAIN], keep=True)
+    load(bench, peer, length, rate, USUAL, "queue ")
+    bench.dead.start()
+    try:
+        drained(bench, peer, bench.dead, run, numbers, length, "queue drain")
+    finally:
+        bench.dead.stop()
 
 
-def idle(bench, peer):
+def idle(bench, peer, _):
     """What clients cost that do nothing, and how long a message takes beside them."""
     bench.rate(peer)
     quiet(peer)
@@ -545,7 +609,7 @@ def idle(bench, peer):
         crowd.leave()
 
 
-def syncs(bench, peer):
+def syncs(bench, peer, _):
     """Syncs of a message that come before its 250, and in all."""
     bench.rate(peer)
     quiet(peer)
@@ -570,29 +634,39 @@ def syncs(bench, peer):
     bench.record(peer, "syncs", 0, len(calls) / count)
 
 
-# Name: how it is measured, and whether in every round.  What hardly varies, and takes
-# long, is measured in the first.
+class Measure(NamedTuple):
+    run: Callable               # run(bench, peer, at): of a peer that was started for this run alone
+    points: tuple               # what `at` is in one run after another
+    quick: tuple                # the same with --quick
+    every_round: bool = True    # no: it hardly varies and takes long, and is measured in the first round alone
+    sink: str = "sink"          # the Bench's that mail goes to, where there is no name server
+
+
 MEASURES = {
-    "throughput": (throughput, True),
-    "latency": (latency, True),
-    "large": (large, True),
-    "drain": (drain, True),
-    "syncs": (syncs, False),
-    "idle": (idle, False),
-    "queue": (queue, False),
+    "throughput": Measure(throughput, SESSIONS, (1, USUAL)),
+    "throughput-20": Measure(throughput_20, SESSIONS, (USUAL,)),
+    "latency": Measure(latency, (0,), (0,)),
+    "large": Measure(large, (0,), (0,)),
+    "drain": Measure(drain, (WAITING,), (WAITING // 10,)),
+    "drain-20": Measure(drain_20, (WAITING,), (WAITING // 10,)),
+    "slow": Measure(slow, (SLOW,), (SLOW // 10,), sink="slow"),
+    "syncs": Measure(syncs, (0,), (0,), every_round=False),
+    "idle": Measure(idle, (0,), (0,), every_round=False),
+    "queue": Measure(queue, QUEUED, (100, 500), every_round=False),
 }
 
 
-def measure(bench, name, peer_name):
-    """One measure of one peer, started for it alone.  False: it is no result."""
-    print(f"round {bench.round + 1}: {name}: {peer_name}", file=sys.stderr, flush=True)
+def measure(bench, name, at, peer_name):
+    """One run of one peer, started for it alone.  False: it is no result."""
+    what = f"{name} at {at}" if at else name
+    print(f"round {bench.round + 1}: {what}: {peer_name}", file=sys.stderr, flush=True)
     try:
-        with bench.start(peer_name) as peer:
-            MEASURES[name][0](bench, peer)
+        with bench.start(peer_name, getattr(bench, MEASURES[name].sink)) as peer:
+            MEASURES[name].run(bench, peer, at)
     except (peers.Absent, Beyond) as why:
-        bench.note(f"{peer_name}: {name}: {why}")
+        bench.note(f"{peer_name}: {what}: {why}")
     except (Failed, AssertionError, subprocess.TimeoutExpired) as why:
-        bench.note(f"{peer_name}: {name}: NO RESULT: {why}")
+        bench.note(f"{peer_name}: {what}: NO RESULT: {why}")
         return False
     return True
 
@@ -601,13 +675,24 @@ def measure_all(bench, names, peer_names, rounds):
     """True: in all runs every message arrived once."""
     well = True
     for bench.round in range(rounds):
+        turn = bench.round % len(peer_names)
         for name in names:
-            if bench.round > 0 and not MEASURES[name][1]:
+            if bench.round > 0 and not MEASURES[name].every_round:
                 continue
-            turn = bench.round % len(peer_names)
-            for peer_name in peer_names[turn:] + peer_names[:turn]:
-                well = measure(bench, name, peer_name) and well
+            for at in MEASURES[name].quick if bench.quick else MEASURES[name].points:
+                for peer_name in peer_names[turn:] + peer_names[:turn]:
+                    well = measure(bench, name, at, peer_name) and well
     return well
+
+
+def spread_out(directory):
+    """Asks the file system to place what is made in the directory far apart, and not each
+    new directory where another's files were just deleted. True: it will."""
+    try:
+        return subprocess.run(["chattr", "+T", directory], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+                              stderr=subprocess.DEVNULL).returncode == 0
+    except FileNotFoundError:
+        return False
 
 
 def sync_some(directory, number):
@@ -637,8 +722,11 @@ def sync_rate(directory, processes):
 
 def surroundings(directory):
     """What the figures depend on."""
+    load = os.getloadavg()      # before anything here is a load itself
     model = re.search(r"^model name\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.M)
     disk = subprocess.run(["df", "--output=fstype", directory], stdout=subprocess.PIPE, text=True, check=True)
+    group = peers.Group()
+    group.remove()
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         "command": " ".join(["python3", "tests/bench/bench.py", *sys.argv[1:]]),
@@ -646,21 +734,33 @@ def surroundings(directory):
         "memory": f"{os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') / 2 ** 30:.0f} GiB",
         "system": f"{platform.system()} {platform.release()}",
         "disk": disk.stdout.split()[-1],
-        "load before": round(os.getloadavg()[0], 2),
+        "spools": "new for each run, " + ("placed apart" if spread_out(directory) else "placed by the file system"),
+        "processor time": "of control groups" if group.directory else
+                          "of children only as their parents waited for them: there are no control groups here",
+        "load before": " ".join(f"{each:.2f}" for each in load),
         "files stored a second by one process": sync_rate(directory, 1),
         "files stored a second by twenty": sync_rate(directory, 20),
     }
 
 
-def versions(peer_names):
-    found = {}
+def unquiet(load):
+    """A warning, or None: whether other work is done on this machine, by the load of the last minute."""
+    if load > QUIET:
+        return f"this machine is not quiet: its load was {load:.2f} before the start; take the figures again later"
+    return None
+
+
+def versions(bench, peer_names):
+    """What each peer says of itself, and the names of those that are here."""
+    found, here = {}, []
     for name in peer_names:
         try:
-            with peers.start(name) as peer:
+            with bench.start(name) as peer:
                 found[name] = peer.version()
+            here.append(name)
         except peers.Absent as why:
             found[name] = f"absent: {why}"
-    return found
+    return found, here
 
 
 # ---- Results -----------------------------------------------------------------------
@@ -670,13 +770,19 @@ class Results:
     """The records, by what they are about."""
 
     def __init__(self, records):
-        self._values = collections.defaultdict(list)
+        self._values = collections.defaultdict(dict)        # (peer, metric, at): {round: value}
         for record in records:
-            self._values[record["peer"], record["metric"], record["at"]].append(record["value"])
+            self._values[record["peer"], record["metric"], record["at"]][record["round"]] = record["value"]
         self.peers = [name for name in COMPARED if any(peer == name for peer, _, _ in self._values)]
 
     def values(self, peer, metric, at):
-        return self._values.get((peer, metric, at), [])
+        """Those of all rounds."""
+        return list(self._values.get((peer, metric, at), {}).values())
+
+    def ratios(self, one, other, metric, at):
+        """One peer's values by another's, in each round that has both."""
+        values, others = (self._values.get((peer, metric, at), {}) for peer in (one, other))
+        return [value / others[number] for number, value in values.items() if others.get(number)]
 
     def ats(self, metric):
         return sorted({at for _, name, at in self._values if name == metric})
@@ -698,6 +804,9 @@ SUMMARY = [
     ("accepted /s", "accepted", USUAL),
     ("delivered /s", "delivered", USUAL),
     ("CPU ms per message", "cpu", USUAL),
+    ("to twenty domains: accepted /s", "twenty accepted", USUAL),
+    ("... delivered /s", "twenty delivered", USUAL),
+    ("... CPU ms per message", "twenty cpu", USUAL),
     ("syncs before the 250", "syncs before 250", 0),
     ("syncs per message", "syncs", 0),
     ("one message, ms to the 250", "latency reply", 0),
@@ -708,6 +817,10 @@ SUMMARY = [
     ("backlog drained /s", "drain", 0),
     ("CPU ms per drained message", "drain cpu", 0),
     ("seconds until it begins", "drain wait", 0),
+    ("to twenty domains: backlog drained /s", "twenty drain", 0),
+    ("... CPU ms per drained message", "twenty drain cpu", 0),
+    ("... seconds until it begins", "twenty drain wait", 0),
+    ("seconds for messages to an exchanger that takes one for each", "slow", None),
     ("10 MB messages, MB/s", "large rate", 0),
     ("largest process then, MB", "large one process", 0),
     ("... without its share of what others use, too", "large own", 0),
@@ -717,6 +830,8 @@ SUMMARY = [
 # Title, what grows, and the columns.
 GROWTH = [
     ("By sessions", "sessions", [("accepted /s", "accepted"), ("delivered /s", "delivered"), ("CPU ms", "cpu")]),
+    ("By sessions, to twenty domains", "sessions", [
+        ("accepted /s", "twenty accepted"), ("delivered /s", "twenty delivered"), ("CPU ms", "twenty cpu")]),
     ("By messages that wait for another domain", "waiting", [
         ("accepted /s", "queue accepted"), ("delivered /s", "queue delivered"), ("CPU ms", "queue cpu"),
         ("drained /s", "queue drain"), ("drain CPU ms", "queue drain cpu")]),
@@ -727,6 +842,8 @@ LINE_CHARTS = [
     ("accepted", "Accepted, by sessions", "sessions", "messages/s", "accepted", False),
     ("delivered", "Delivered, by sessions", "sessions", "messages/s", "delivered", False),
     ("cpu", "Processor time of a message, by sessions", "sessions", "ms", "cpu", True),
+    ("accepted-20", "Accepted for twenty domains, by sessions", "sessions", "messages/s", "twenty accepted", False),
+    ("cpu-20", "Processor time of a message to twenty domains", "sessions", "ms", "twenty cpu", True),
     ("idle", "Memory of an idle client", "clients", "KB", "idle", True),
     ("crowded", "One message beside idle clients", "clients", "ms to its arrival", "crowded arrival", True),
     ("queue", "Accepted while a queue waits", "waiting messages", "messages/s", "queue accepted", False),
@@ -735,6 +852,7 @@ LINE_CHARTS = [
 BAR_CHARTS = [      # file, title, label, metric
     ("latency", "One message, and nothing else to do", "ms to its arrival", "latency arrival"),
     ("drain", "A backlog drained", "messages/s", "drain"),
+    ("drain-20", "A backlog for twenty domains drained", "messages/s", "twenty drain"),
     ("large", "Messages of 10 MB", "MB/s", "large rate"),
 ]
 
@@ -755,25 +873,46 @@ def table(title, head, rows):
     return "\n".join([title, "", *lines, ""])
 
 
-def summary(results):
+# The columns of these two are (heading, cell), where cell(metric, at) is a text.
+
+
+def summary(results, title, columns):
+    """The table with a line for each metric."""
     rows = []
-    for title, metric, at in SUMMARY:
+    for name, metric, at in SUMMARY:
         for each in results.ats(metric) if at is None else [at]:
-            cells = [shown(results.values(peer, metric, each)) for peer in results.peers]
+            cells = [cell(metric, each) for _, cell in columns]
             if any(cell != "-" for cell in cells):
-                rows.append([title if at is not None else f"{title}: {each:,}", *cells])
-    return table("Medians, and ranges, of all rounds", ["", *results.peers], rows)
+                rows.append([name if at is not None else f"{name}: {each:,}", *cells])
+    return [table(title, ["", *(heading for heading, _ in columns)], rows)] if rows else []
 
 
-def growth(results):
-    tables = []
-    for title, what, columns in GROWTH:
-        rows = [[f"{at:,}", peer, *(shown(results.values(peer, metric, at)) for _, metric in columns)]
-                for at in results.ats(columns[0][1]) for peer in results.peers
-                if results.values(peer, columns[0][1], at)]
+def growth(results, title, columns):
+    """Tables with the metrics side by side, and a line for each of the columns."""
+    found = []
+    for name, what, metrics in GROWTH:
+        rows = []
+        for at in results.ats(metrics[0][1]):
+            for heading, cell in columns:
+                cells = [cell(metric, at) for _, metric in metrics]
+                if any(cell != "-" for cell in cells):
+                    rows.append([f"{at:,}", heading, *cells])
         if rows:
-            tables.append(table(title, [what, "", *(name for name, _ in columns)], rows))
-    return tables
+            found.append(table(f"{name}: {title}", [what, "", *(metric for metric, _ in metrics)], rows))
+    return found
+
+
+def tables(results):
+    """Medians of all peers, and the ratios of the first, this server as a rule, to each of the others."""
+    first, *others = results.peers or [None]
+    medians = [(peer, lambda metric, at, peer=peer: shown(results.values(peer, metric, at))) for peer in results.peers]
+    ratios = [(f"{first}/{peer}", lambda metric, at, peer=peer: shown(results.ratios(first, peer, metric, at)))
+              for peer in others]
+    found = []
+    for title, columns in (("medians, and ranges, of all rounds", medians),
+                           ("medians, and ranges, of the rounds' ratios", ratios)):
+        found += summary(results, title[0].upper() + title[1:], columns) + growth(results, title, columns)
+    return found
 
 
 def report(outcome):
@@ -781,7 +920,7 @@ def report(outcome):
     results = Results(outcome["records"])
     head = [f"{name}: {value}" for part in ("surroundings", "versions") for name, value in outcome[part].items()]
     notes = "\n".join(dict.fromkeys(outcome["notes"]))
-    return "\n".join(["\n".join(head) + "\n", summary(results), *growth(results), notes, ""])
+    return "\n".join(["\n".join(head) + "\n", *tables(results), notes, ""])
 
 
 def draw(results, directory):
@@ -811,8 +950,10 @@ def options():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
     parser.add_argument("--only", type=some_of(MEASURES), default=list(MEASURES), metavar="MEASURE,...",
                         help="of " + ", ".join(MEASURES))
-    parser.add_argument("--peers", type=some_of(COMPARED), default=list(COMPARED), metavar="PEER,...",
-                        help="of " + ", ".join(COMPARED))
+    parser.add_argument("--peers", type=some_of(SERVERS), default=list(SERVERS), metavar="PEER,...",
+                        help="of " + ", ".join(SERVERS))
+    parser.add_argument("--before", type=Path, metavar="PATH",
+                        help="an older binary of this server, one more peer; bench.py's head says how it is built")
     parser.add_argument("--rounds", type=int, default=3, help="3, unless given")
     parser.add_argument("--quick", action="store_true", help="fewer messages, fewer sizes, one round")
     parser.add_argument("--directory", type=Path, default=Path("/var/tmp"), help="on the disk that is to be measured")
@@ -820,22 +961,31 @@ def options():
     parser.add_argument("--text", type=Path, metavar="FILE", help="where the tables go, beside the terminal")
     parser.add_argument("--charts", type=Path, metavar="DIRECTORY", help="where the charts go")
     parser.add_argument("--again", type=Path, metavar="FILE", help="measures nothing, shows the raw figures of a run")
-    return parser.parse_args()
+    chosen = parser.parse_args()
+    chosen.before = chosen.before and chosen.before.resolve()
+    if chosen.before and not os.access(chosen.before, os.X_OK):
+        parser.error(f"--before: {chosen.before} is no program: bench.py's head says how to build it")
+    return chosen
 
 
 def run(chosen):
     """Measures, and returns all that is worth keeping."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))    # all that are started inherit it
-    # Who ends this ends all that it has started.
+    # Exits, so that all that was started is stopped.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("bench: terminated"))
+    warning = unquiet(os.getloadavg()[0])
     with tempfile.TemporaryDirectory(prefix="bench-", dir=chosen.directory) as name, contextlib.ExitStack() as stack:
         directory = Path(name)
         directory.chmod(0o755)
-        outcome = {"surroundings": surroundings(directory), "versions": versions(chosen.peers)}
-        bench = Bench(directory, chosen.quick)
+        outcome = {"surroundings": surroundings(directory)}
+        bench = Bench(directory, chosen.quick, before=chosen.before)
         stack.callback(bench.close)
-        outcome["well"] = measure_all(bench, chosen.only, chosen.peers, 1 if chosen.quick else chosen.rounds)
+        if warning:
+            bench.note(warning)
+        names = [name for name in COMPARED if name in chosen.peers or (name == BEFORE and chosen.before)]
+        outcome["versions"], names = versions(bench, names)
+        outcome["well"] = measure_all(bench, chosen.only, names, 1 if chosen.quick else chosen.rounds)
         outcome.update(notes=bench.notes, records=bench.records)
     return outcome
 

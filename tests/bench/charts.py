@@ -7,7 +7,7 @@ from html import escape
 
 WIDTH, HEIGHT = 640, 360
 LEFT, RIGHT, TOP, BOTTOM = 64, 96, 44, 52       # from the plot to the picture's edges
-COLOURS = ("#d1495b", "#2f7fb5", "#3d9b62", "#b8860b", "#8a63b8")
+COLOURS = ("#d1495b", "#2f7fb5", "#3d9b62", "#b8860b", "#8a63b8", "#5f6b76")
 STYLE = """
 text { font: 12px system-ui, sans-serif; fill: #333 }
 .title { font-size: 15px; font-weight: 600 }

@@ -2,7 +2,10 @@
  * sink.c - the far end of the benchmark: takes mail for everybody, keeps none,
  * and writes down what came.
  *
- *     sink address port >arrivals
+ *     sink [-d milliseconds] port address... >arrivals
+ *
+ * It listens at each of the addresses. With -d it answers each message so much
+ * later, one connection's delay beside the others'.
  *
  * For each recipient of each message it writes one line, before the message is
  * answered with 250:
@@ -10,7 +13,7 @@
  *     1024r7@example.net 8375920471 4379
  *
  * the recipient, the time by CLOCK_MONOTONIC in microseconds, and the octets of
- * the message as they came.  Who reads that can tell what was lost and what came
+ * the message as they came. The lines show which messages were lost and which came
  * twice.
  *
  * It is in C, with epoll(), because it must never be what is measured: it takes a
@@ -40,13 +43,17 @@ enum {
     OUTPUT = 16384,     /* replies to what came at once */
     RECIPIENTS = 100,
     ADDRESS = 256,
-    EVENTS = 256
+    EVENTS = 256,
+    LISTENERS = 64
 };
 
 struct client {
     int fd;
+    bool listens;               /* no client: the descriptor is a listening socket */
     bool in_data;
     bool quits;
+    long long due;              /* when its message is answered, in microseconds; 0: it has none to answer */
+    struct client *next;        /* in the list of those that wait for that */
     size_t octets;              /* of this message so far */
     size_t kept_size;
     char kept[KEPT];
@@ -56,6 +63,12 @@ struct client {
 
 static char input[KEPT + INPUT], output[OUTPUT];
 static size_t output_size;
+static int queue;
+static long long delay;         /* of a message's answer, in microseconds */
+
+/* Clients whose message waits to be answered, in the order of their times, which is that of
+ * their final dots. epoll knows nothing of them meanwhile. */
+static struct client *waiting, **last_waiting = &waiting;
 
 static void die(const char *what)
 {
@@ -73,13 +86,24 @@ static void say(const char *reply)
     }
 }
 
-static void write_down(struct client *c)
+static long long microseconds(void)
 {
     struct timespec now;
 
     clock_gettime(CLOCK_MONOTONIC, &now);
+    return now.tv_sec * 1000000LL + now.tv_nsec / 1000;
+}
+
+/* Takes a message: writes it down and says so. */
+static void take_message(struct client *c)
+{
+    long long now = microseconds();
+
     for (size_t i = 0; i < c->recipient_count; i++)
-        printf("%s %lld %zu\n", c->recipients[i], now.tv_sec * 1000000LL + now.tv_nsec / 1000, c->octets);
+        printf("%s %lld %zu\n", c->recipients[i], now, c->octets);
+    c->recipient_count = 0;
+    c->due = 0;
+    say("250 2.0.0 Ok\r\n");
 }
 
 static void add_recipient(struct client *c, const char *path, size_t size)
@@ -131,10 +155,11 @@ static size_t take_data(struct client *c, const char *bytes, size_t size)
         c->octets += done;
         return done;
     }
-    write_down(c);
     c->in_data = false;
-    c->recipient_count = 0;
-    say("250 2.0.0 Ok\r\n");
+    if (delay > 0)
+        c->due = microseconds() + delay;
+    else
+        take_message(c);
     return done;
 }
 
@@ -149,21 +174,22 @@ static size_t take_command(struct client *c, const char *bytes, size_t size)
     return (size_t)(end - bytes) + 2;
 }
 
-/* Reads once, and answers all that is there in one write.  False: it has gone. */
-static bool serve(struct client *c)
+/* Takes the client out of epoll's sight until its message is due. */
+static void make_wait(struct client *c)
 {
-    ssize_t n;
-    size_t size, used = 0, step = 1;
+    epoll_ctl(queue, EPOLL_CTL_DEL, c->fd, NULL);
+    c->next = NULL;
+    *last_waiting = c;
+    last_waiting = &c->next;
+}
 
-    memcpy(input, c->kept, c->kept_size);
-    n = read(c->fd, input + c->kept_size, INPUT);
-    if (n < 0 && (errno == EAGAIN || errno == EINTR))
-        return true;
-    if (n <= 0)
-        return false;
-    size = c->kept_size + (size_t)n;
-    output_size = 0;
-    while (used < size && step > 0 && !c->quits) {
+/* Takes what has come, `size` octets of the input, up to a message that has to wait, and answers
+ * all of it in one write. False: the client has gone. */
+static bool take(struct client *c, size_t size)
+{
+    size_t used = 0, step = 1;
+
+    while (used < size && step > 0 && !c->quits && c->due == 0) {
         step = (c->in_data ? take_data : take_command)(c, input + used, size - used);
         used += step;
     }
@@ -175,26 +201,73 @@ static bool serve(struct client *c)
         die("arrivals");
     if (output_size > 0 && write(c->fd, output, output_size) != (ssize_t)output_size)
         return false;
+    if (c->due != 0)
+        make_wait(c);
     return !c->quits;
 }
 
-static void welcome(int queue, int listener)
+/* Reads once. False: the client has gone. */
+static bool serve(struct client *c)
+{
+    ssize_t n = read(c->fd, input + c->kept_size, INPUT);
+
+    if (n < 0 && (errno == EAGAIN || errno == EINTR))
+        return true;
+    if (n <= 0)
+        return false;
+    memcpy(input, c->kept, c->kept_size);
+    output_size = 0;
+    return take(c, c->kept_size + (size_t)n);
+}
+
+static bool watch(struct client *c)
+{
+    struct epoll_event event = { .events = EPOLLIN, .data.ptr = c };
+
+    return epoll_ctl(queue, EPOLL_CTL_ADD, c->fd, &event) == 0;
+}
+
+static void drop(struct client *c)
+{
+    close(c->fd);
+    free(c);
+}
+
+/* Answers the messages whose time has come, and what their clients had said behind them. Returns the
+ * milliseconds until the next one, or -1 where none waits. */
+static int answer_due(void)
+{
+    long long now = microseconds();
+
+    while (waiting != NULL && waiting->due <= now) {
+        struct client *c = waiting;
+
+        waiting = c->next;
+        if (waiting == NULL)
+            last_waiting = &waiting;
+        output_size = 0;
+        take_message(c);
+        memcpy(input, c->kept, c->kept_size);
+        if (!watch(c) || !take(c, c->kept_size))
+            drop(c);
+    }
+    return waiting == NULL ? -1 : (int)((waiting->due - now) / 1000 + 1);
+}
+
+static void welcome(int listener)
 {
     static const char greeting[] = "220 sink ESMTP\r\n";
     int fd, on = 1;
 
     while ((fd = accept4(listener, NULL, NULL, SOCK_NONBLOCK)) >= 0) {
         struct client *c = calloc(1, sizeof *c);
-        struct epoll_event event = { .events = EPOLLIN, .data.ptr = c };
 
         if (c == NULL)
             die("no memory");
         c->fd = fd;
         setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &on, sizeof on);
-        if (write(fd, greeting, sizeof greeting - 1) < 0 || epoll_ctl(queue, EPOLL_CTL_ADD, fd, &event) != 0) {
-            close(fd);
-            free(c);
-        }
+        if (write(fd, greeting, sizeof greeting - 1) < 0 || !watch(c))
+            drop(c);
     }
 }
 
@@ -213,30 +286,35 @@ static int listen_on(const char *address, const char *port)
 
 int main(int argc, char **argv)
 {
-    struct epoll_event event = { .events = EPOLLIN };   /* without a client: the listener */
-    int listener, queue = epoll_create1(0);
+    static struct client listeners[LISTENERS];
 
-    if (argc != 3) {
-        fprintf(stderr, "usage: sink address port >arrivals\n");
+    if (argc > 2 && strcmp(argv[1], "-d") == 0) {
+        delay = atol(argv[2]) * 1000LL;
+        argv += 2;
+        argc -= 2;
+    }
+    if (argc < 3 || argc > 2 + LISTENERS) {
+        fprintf(stderr, "usage: sink [-d milliseconds] port address... >arrivals\n");
         return 2;
     }
     signal(SIGPIPE, SIG_IGN);
-    listener = listen_on(argv[1], argv[2]);
-    if (epoll_ctl(queue, EPOLL_CTL_ADD, listener, &event) != 0)
-        die("epoll");
+    queue = epoll_create1(0);
+    for (int i = 0; i < argc - 2; i++) {
+        listeners[i] = (struct client){ .fd = listen_on(argv[2 + i], argv[1]), .listens = true };
+        if (!watch(&listeners[i]))
+            die("epoll");
+    }
     for (;;) {
         struct epoll_event events[EVENTS];
-        int count = epoll_wait(queue, events, EVENTS, -1);
+        int count = epoll_wait(queue, events, EVENTS, answer_due());
 
         for (int i = 0; i < count; i++) {
             struct client *c = events[i].data.ptr;
 
-            if (c == NULL) {
-                welcome(queue, listener);
-            } else if (!serve(c)) {
-                close(c->fd);
-                free(c);
-            }
+            if (c->listens)
+                welcome(c->fd);
+            else if (!serve(c))
+                drop(c);
         }
     }
 }
