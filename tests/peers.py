@@ -338,12 +338,11 @@ class WorldPeer(Peer):
     def _run_in_world(self, *command):
         self._run(*self.world.command(*command))
 
-    def _order(self, *command):
+    def _order(self, *command, input=b""):
         """Runs a command inside its world; whether that went well."""
         shell = tree(self.process.pid)[1]
         done = subprocess.run([program("nsenter"), "--target", str(shell), "--mount", "--pid", *command],
-                              stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-                              timeout=600)
+                              input=input, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, timeout=600)
         return done.returncode == 0
 
     def _kill(self, process):
@@ -425,14 +424,20 @@ class Postfix(WorldPeer):
         # A queue of 100,000 is kept in memory whole (the default: 20,000).
         qmgr_message_active_limit = 100000
         qmgr_message_recipient_limit = 100000
+        {more}
         """
+
+    def __init__(self, more="", **settings):
+        """`more` is one more line of main.cf."""
+        self._more = more
+        super().__init__(**settings)
 
     def _start(self):
         postfix = program("postfix")
         self._make_world()
         self.write("etc/postfix/master.cf", settings_text(self.MASTER, port=f"{self.host}:{self.port}"))
         self.write("etc/postfix/main.cf", settings_text(
-            self.MAIN, hostname=lab.HOSTNAME, size=SIZE,
+            self.MAIN, hostname=lab.HOSTNAME, size=SIZE, more=self._more,
             relayhost="[{}]:{}".format(*self.next_hop) if self.next_hop else ""))
         shutil.copy("/etc/postfix/postfix-files", self.world.root / "etc/postfix")
         (self.world.root / "var/spool/postfix").mkdir()
@@ -443,6 +448,10 @@ class Postfix(WorldPeer):
 
     def flush(self):
         return self._order(program("postqueue"), "-f")
+
+    def sendmail(self, sender, recipient, letter):
+        """Hands it a letter as a program of its own machine does; whether that went well."""
+        return self._order(program("sendmail"), "-i", "-f", sender, recipient, input=letter.encode())
 
     def version(self):
         return said(program("postconf"), "mail_version").replace("mail_version =", "Postfix")

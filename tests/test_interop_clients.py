@@ -6,6 +6,7 @@ import os
 import pty
 import re
 import select
+import shlex
 import smtplib
 import socket
 import subprocess
@@ -13,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from lab import HOSTNAME, wait_for
+from lab import HOSTNAME, ROOT, wait_for
 from programs import BODY, GREETINGS, finish, on_the_wire, program, swaks, without_received
 
 
@@ -87,6 +88,49 @@ def test_client_on_a_machine_with_an_underscore_in_its_name(world, tmp_path, sen
     message, = world.exchanger.wait_for_messages(1)
     assert re.match(rb"Received: from my_pc \(\S+\)\s+by \S+\s+with SMTP ", message.data)
     assert on_the_wire(GREETINGS) in without_received(message.data)
+
+
+# A subject in raw UTF-8, as scripts write it.  Without RFC 6532 it is 8-bit text in a place where none may be.
+UTF8_SUBJECT = GREETINGS.replace("Subject: testing my smtp server", "Subject: Grüße")
+
+
+def test_postfix_sendmail_with_a_raw_subject(world, start_peer):
+    """It goes through as it is where Postfix is told so, as limits.md says."""
+    postfix = start_peer("postfix", next_hop=("127.0.0.1", world.relay.port), more="smtputf8_enable = no")
+    assert postfix.sendmail("nour@example.org", "friend@example.net", UTF8_SUBJECT)
+    message, = world.exchanger.wait_for_messages(1)
+    assert message.reverse_path.split()[0] == "<nour@example.org>"
+    assert message.data.endswith(on_the_wire(UTF8_SUBJECT))
+
+
+def test_postfix_sendmail_with_a_raw_subject_by_default(world, start_peer):
+    """It takes the message for one that needs SMTPUTF8 (RFC 6531), which is not offered here."""
+    postfix = start_peer("postfix", next_hop=("127.0.0.1", world.relay.port))
+    assert postfix.sendmail("nour@example.org", "friend@example.net", UTF8_SUBJECT)
+    wait_for(lambda: "SMTPUTF8 is required, but was not offered" in postfix.log(), 60, what="the bounce")
+    assert world.exchanger.messages == []
+
+
+def test_curl_without_crlf(world, tmp_path):
+    """A file with LF line ends is refused; curl needs --crlf, as README says."""
+    letter = tmp_path / "letter"
+    letter.write_text(GREETINGS)
+    curl = program("curl")
+    sent = subprocess.run([curl, "-sv", f"smtp://127.0.0.1:{world.relay.port}/me.com", "--mail-from", "nour@example.org",
+                           "--mail-rcpt", "friend@example.net", "-T", letter], capture_output=True, text=True, timeout=60)
+    assert sent.returncode != 0 and re.search("^< 550 5.5.2 Error: bare CR or LF", sent.stderr, re.M)
+    assert world.relay.queue() == world.exchanger.messages == []
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/smtp.8"])
+def test_curl_as_the_documents_show_it(world, tmp_path, page):
+    command, = re.findall(r"^(?: *|\.Dl )(curl smtp://.*)", (ROOT / page).read_text(), re.M)
+    words = shlex.split(command.replace("localhost:2525", f"127.0.0.1:{world.relay.port}/me.com"))
+    (tmp_path / words[-1]).write_text(GREETINGS)
+    finish(program("curl"), "--silent", "--show-error", *words[1:], cwd=tmp_path)
+    message, = world.exchanger.wait_for_messages(1)
+    assert message.recipients == ["<friend@example.net>"]
+    assert without_received(message.data) == on_the_wire(GREETINGS)
 
 
 # These write the header themselves, and are given the body alone.
