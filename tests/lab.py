@@ -36,6 +36,7 @@ BINARY = Path(os.environ.get("SMTP", ROOT / "smtp")).resolve()
 HOSTNAME = "relay.example.org"      # what every Relay calls itself
 EMULATED = "EMULATED" in os.environ     # it is another machine's, and runs in an emulator
 WATCHED = EMULATED or "SANITIZED" in os.environ or BINARY.name == "valgrind"    # its memory is then its watcher's, too
+PROC = Path(f"/proc/self/task/{os.getpid()}/children").exists()
 
 
 def wait_for(condition, timeout=20, what="what was waited for"):
@@ -756,7 +757,23 @@ def exchangers(count, *hosts):
 
 def children(pid):
     """All of them, those included that nobody has waited for."""
-    return list(map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split()))
+    if PROC:        # a small Linux has no ps
+        with contextlib.suppress(FileNotFoundError):        # it has ended
+            return list(map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split()))
+        return []
+    rows = [list(map(int, row.split())) for row in _ps("-A", "-o", "pid=", "-o", "ppid=")]
+    return [child for child, parent in rows if parent == pid]
+
+
+def memory(pid):
+    """How many octets of it are in memory."""
+    if PROC:
+        return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    return int(_ps("-o", "rss=", "-p", str(pid))[0]) * 1024
+
+
+def _ps(*options):
+    return subprocess.run(["ps", *options], stdout=subprocess.PIPE, text=True, check=True).stdout.splitlines()
 
 
 # ---- The relay ---------------------------------------------------------------------

@@ -5,7 +5,6 @@ import itertools
 import os
 import re
 import signal
-import subprocess
 import threading
 import time
 from collections import Counter
@@ -13,7 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from lab import BINARY, WATCHED, run, wait_for
+from lab import BINARY, WATCHED, children, memory, run, wait_for
 
 LONG_AGO = 1            # whatever has such a modification time is due
 DAY = 24 * 3600
@@ -82,11 +81,6 @@ def hangup_until_empty(server):
 def received_by(*each):
     """How many times each recipient was delivered to."""
     return Counter(path for exchanger in each for message in exchanger.messages for path in message.recipients)
-
-
-def children(pid):
-    rows = subprocess.run(["ps", "-A", "-o", "pid=", "-o", "ppid="], capture_output=True, text=True, check=True).stdout
-    return {int(row.split()[0]) for row in rows.splitlines() if int(row.split()[1]) == pid}
 
 
 def runner_of(server):
@@ -373,7 +367,7 @@ def test_killed_forwarder_defers_its_message(house, stage, others):
     wait_for(lambda: is_stalled(world.net, stage))
     for other in others:
         world.relay.outcomes(other)
-    forwarder, = children(world.relay.pid) - {runner}
+    forwarder, = set(children(world.relay.pid)) - {runner}
     for pid in [forwarder, *children(forwarder)]:
         with contextlib.suppress(ProcessLookupError):       # the other's may have ended just now
             os.kill(pid, signal.SIGKILL)
@@ -391,8 +385,8 @@ def test_killed_child_of_one_domain_defers_its_recipients(house):
     world.relay.send("a@example.org", "b@example.net")
     wait_for(lambda: is_stalled(world.net, "."))
     world.relay.outcomes("a@example.org")
-    forwarder, = children(world.relay.pid) - {runner}
-    child = wait_for(lambda: len(children(forwarder)) == 1 and min(children(forwarder)))
+    forwarder, = set(children(world.relay.pid)) - {runner}
+    child = wait_for(lambda: len(children(forwarder)) == 1 and children(forwarder)[0])
     os.kill(child, signal.SIGKILL)
     world.relay.wait_for_log(f"process {child} died of signal 9")
     world.net.set(stall_at=None)
@@ -408,7 +402,7 @@ def test_message_of_a_killed_forwarder_is_not_touched_before_its_children_are_do
     world.relay.send("a@example.org", "b@example.net")
     reply.asked.wait(20)
     world.relay.outcomes("a@example.org")
-    forwarder, = children(world.relay.pid) - {runner}
+    forwarder, = set(children(world.relay.pid)) - {runner}
     os.kill(forwarder, signal.SIGKILL)
     world.relay.wait_for_log(f"process {forwarder} died of signal 9")
     look_through(world.relay)
@@ -598,12 +592,6 @@ def test_lane_is_judged_by_the_domain_that_gives_it(house, strace):
             wait_for(lambda: re.search(rf'"{result}\\n", {len(str(result)) + 1}\)', trace()))
 
 
-def memory(*pids):
-    """Octets in use by each process."""
-    return [int(subprocess.run(["ps", "-o", "rss=", "-p", str(pid)], capture_output=True, check=True).stdout) * 1024
-            for pid in pids]
-
-
 @pytest.mark.skipif(b"__asan_" in BINARY.read_bytes(), reason="a sanitizer keeps what was freed")
 @pytest.mark.skipif(WATCHED, reason="an emulator's memory, or valgrind's, is more than the program's")
 def test_memory_does_not_grow_with_the_queue(house):
@@ -611,11 +599,11 @@ def test_memory_does_not_grow_with_the_queue(house):
     world.org.stop()
     runner = runner_of(world.relay)
     look_through(world.relay)
-    before = memory(world.relay.pid, runner)
+    before = [memory(pid) for pid in (world.relay.pid, runner)]
     for n in range(3000):
         put(world.relay, f"b{n}@example.org", due=LONG_AGO if n % 2 else time.time() + 3000)
     look_through(world.relay)
-    after = memory(world.relay.pid, runner)
+    after = [memory(pid) for pid in (world.relay.pid, runner)]
     assert all(now - then < 400 * 1024 for then, now in zip(before, after)), f"{before} {after}"
     assert runner in children(world.relay.pid)
 
