@@ -68,6 +68,10 @@ BENCH =
 bench: smtp
 	python3 tests/bench/bench.py $(BENCH)
 
+# The six small programs of docs/course and what its chapters show, with every compiler here.
+course:
+	sh tests/run -q tests/test_course.py
+
 demo: smtp
 	python3 tests/demo.py
 
