@@ -532,12 +532,10 @@ static const char *const outcome_names[] = { "later", "sent", "failed" };
 
 struct recipient {
     char *address;
-    enum outcome outcome;   /* LATER until there is another */
+    enum outcome outcome;   /* LATER: the message is owed to it, and the next exchanger or try may change that */
     char *said;             /* behind an outcome: the exchanger, a space, its words; or NULL */
     unsigned tries;         /* how many records say `later` */
-    bool pending;           /* in this try: not settled yet */
-    bool unrecorded;        /* its outcome is not in the file yet */
-    bool accepted;          /* RCPT was answered with 2xx */
+    bool unrecorded;        /* outcome and said are of this try, and not in the file yet */
 };
 
 struct message {
@@ -819,8 +817,8 @@ static void set_due(const struct message *m)
     futimens(m->fd, times);
 }
 
-/* Settles a recipient for this try; LATER may still be overruled by the next
- * exchanger. */
+/* Sets a recipient's outcome.  SENT and FAILED are final; after LATER the next
+ * exchanger may set another. */
 static void settle(struct recipient *r, enum outcome outcome, const char *relay, const char *words)
 {
     size_t size = strlen(relay) + strlen(words) + 2;
@@ -829,13 +827,13 @@ static void settle(struct recipient *r, enum outcome outcome, const char *relay,
     snprintf(r->said, size, "%s %s", relay, words);
     r->outcome = outcome;
     r->unrecorded = true;
-    r->pending = outcome == LATER;
 }
 
+/* Sets the outcome of all of these that have no final one yet. */
 static void settle_all(struct recipient **to, size_t count, enum outcome outcome, const char *relay, const char *words)
 {
     for (size_t i = 0; i < count; i++)
-        if (to[i]->pending)
+        if (to[i]->outcome == LATER)
             settle(to[i], outcome, relay, words);
 }
 
@@ -1009,6 +1007,7 @@ struct exchange {
     unsigned long long max_size;        /* SIZE's number, 0 for any */
     bool ready;                         /* it has been greeted in turn, and may be given messages ... */
     unsigned messages;                  /* ... of which it has had so many */
+    bool accepting;                     /* it has accepted a recipient of the last of these */
     struct tunnel *tunnel;              /* TLS: `fd` leads to openssl, which talks to the exchanger; or NULL */
     bool bare;                          /* TLS with it broke in this try: it is done without */
     const char *id;                     /* the message's, for the log */
@@ -1957,8 +1956,35 @@ static void hold_signals(bool hold)
     sigprocmask(hold ? SIG_BLOCK : SIG_UNBLOCK, &set, NULL);
 }
 
-/* The exchanger says 354: the message, and its answer for all accepted. */
-static bool transfer_message(struct exchange *x, struct message *m, struct recipient **to, size_t count)
+/* Some recipients of a message, as many as a transaction may have. */
+struct group {
+    struct recipient *list[GROUP_LIMIT];
+    size_t count;
+};
+
+/* One mail transaction (RFC 5321 3.3): a message and some of its recipients. */
+struct transaction {
+    struct group to;
+    struct group accepted;      /* RCPT was answered with 2xx */
+    struct group surplus;       /* RCPT was answered with 451, 452 or 552: too much for one transaction, it may be */
+    bool full;                  /* a 452 or 552 was among these: there is a limit of recipients */
+    bool content_awaited;       /* DATA was answered with 354 */
+};
+
+static void add_to_group(struct group *g, struct recipient *r)
+{
+    g->list[g->count++] = r;
+}
+
+/* Sets the outcome of all in the group that have no final one, with the exchanger's last words. */
+static void settle_group(const struct exchange *x, struct group *g, enum outcome outcome)
+{
+    settle_all(g->list, g->count, outcome, x->label, x->words);
+}
+
+/* Sends the message, and takes the exchanger's answer for all that it has accepted.
+ * False: the connection is of no more use. */
+static bool transfer_message(struct exchange *x, struct message *m, struct transaction *t)
 {
     bool sent;
     int code = 0;
@@ -1967,17 +1993,15 @@ static bool transfer_message(struct exchange *x, struct message *m, struct recip
     sent = send_message(x, m);
     if (sent)
         code = read_reply(x, FINAL_DOT);
-    for (size_t i = 0; i < count; i++)
-        if (to[i]->accepted)
-            settle(to[i], judge(x, sent ? code : x->code), x->label, x->words);
+    settle_group(x, &t->accepted, judge(x, sent ? code : x->code));
     if (judge(x, code) == SENT)
         write_sent(m);
     hold_signals(false);
     return code != 0;
 }
 
-/* The envelope's commands, in memory that is the caller's. */
-static char *compose_envelope(const struct exchange *x, const struct message *m, struct recipient **to, size_t count)
+/* The commands of a transaction up to DATA, in memory that is the caller's. */
+static char *compose_envelope(const struct exchange *x, const struct message *m, const struct group *to)
 {
     char *text = NULL;
     size_t size;
@@ -1987,87 +2011,158 @@ static char *compose_envelope(const struct exchange *x, const struct message *m,
     if (x->sized)
         put(lines, " SIZE=%llu", m->size);
     put(lines, "%s\r\n", x->eight_bit && (m->eight_bit || m->declared) ? " BODY=8BITMIME" : "");
-    for (size_t i = 0; i < count; i++)
-        put(lines, "RCPT TO:<%s>\r\n", to[i]->address);
+    for (size_t i = 0; i < to->count; i++)
+        put(lines, "RCPT TO:<%s>\r\n", to->list[i]->address);
     put(lines, "DATA\r\n");
     close_text(lines);
     return text;
 }
 
-/* Takes the reply to the i-th command of an envelope for `count` recipients. */
-static void take_envelope_reply(struct exchange *x, int code, size_t i, struct recipient **to, size_t count)
+/* Reads the reply to the first of these commands and moves on to the next one.
+ * Without PIPELINING the command is said only now.  Returns the reply's code, or 0. */
+static int next_reply(struct exchange *x, const char **commands, enum step step)
 {
-    if (i == 0 && judge(x, code) != SENT) {                    /* MAIL */
-        settle_all(to, count, judge(x, code), x->label, x->words);
-    } else if (i > 0 && i <= count && to[i - 1]->pending) { /* RCPT */
-        to[i - 1]->accepted = judge(x, code) == SENT;
-        /* 552 means too many recipients to an old server: RFC 5321 4.5.3.1.10 */
-        if (judge(x, code) != SENT)
-            settle(to[i - 1], code == 552 ? LATER : judge(x, code), x->label, x->words);
-    }
+    const char *command = *commands;
+    size_t length = strcspn(command, "\n") + 1;
+
+    *commands += length;
+    log_exchange(x, "C", command, length - 2);
+    if (!x->pipelining && !send_bytes(x, command, length, step))
+        return 0;
+    return read_reply(x, step);
 }
 
-/* Says MAIL, the RCPTs and DATA, which stand in `line`: in lockstep, or all sent
- * ahead (RFC 2920).  Leaves how many recipients were accepted, and DATA's reply
- * code, 0 if DATA was not worth saying.  False: the connection is of no more use. */
-static bool say_envelope(struct exchange *x, const char *line, struct recipient **to, size_t count, size_t *accepted,
-    int *data)
+/* Takes the reply to a recipient's RCPT, which is the last one read. */
+static void take_recipient_reply(struct exchange *x, struct transaction *t, struct recipient *r)
 {
-    bool mail_ok = false;
-    int code = 0;
+    bool full = x->code == 452 || x->code == 552;
 
-    *accepted = 0;
-    *data = 0;
-    if (x->pipelining && !send_bytes(x, line, strlen(line), ENVELOPE))
-        return false;
-    for (size_t i = 0; i <= count + 1; i++) {
-        enum step step = i <= count ? ENVELOPE : DATA_COMMAND;
-        size_t length = strcspn(line, "\n") + 1;
-
-        if (!x->pipelining && i > 0 && (!mail_ok || (i > count && *accepted == 0)))
-            return true;
-        log_exchange(x, "C", line, length - 2);
-        if ((!x->pipelining && !send_bytes(x, line, length, step)) || (code = read_reply(x, step)) == 0)
-            return false;
-        line += length;
-        if (i == 0)
-            mail_ok = judge(x, code) == SENT;
-        if (i == 0 || mail_ok)
-            take_envelope_reply(x, code, i, to, count);
-        *accepted += i > 0 && i <= count && to[i - 1]->accepted;
+    if (judge(x, x->code) == SENT) {
+        x->accepting = true;
+        add_to_group(&t->accepted, r);
+        return;
     }
-    *data = code;
-    if (code == 354 && !mail_ok) {      /* nothing that it would take now is meant for it */
+    /* A server of RFC 821's time says 552 where it means 452: RFC 5321 4.5.3.1.10. */
+    settle(r, full ? LATER : judge(x, x->code), x->label, x->words);
+    t->full = t->full || full;
+    if (full || x->code == 451)
+        add_to_group(&t->surplus, r);
+}
+
+/* Says MAIL, the RCPTs and DATA: one by one, or all sent ahead (RFC 2920), and then
+ * each has a reply whatever the one before it was.  False: the connection is of no
+ * more use. */
+static bool say_envelope(struct exchange *x, const char *commands, struct transaction *t)
+{
+    bool ahead = x->pipelining, mail_ok;
+
+    if ((ahead && !send_bytes(x, commands, strlen(commands), ENVELOPE)) || next_reply(x, &commands, ENVELOPE) == 0)
+        return false;
+    mail_ok = judge(x, x->code) == SENT;
+    if (!mail_ok)
+        settle_group(x, &t->to, judge(x, x->code));
+    for (size_t i = 0; i < t->to.count && (mail_ok || ahead); i++) {
+        if (next_reply(x, &commands, ENVELOPE) == 0)
+            return false;
+        if (mail_ok)
+            take_recipient_reply(x, t, t->to.list[i]);
+    }
+    if (t->accepted.count == 0 && !ahead)
+        return true;
+    if (next_reply(x, &commands, DATA_COMMAND) == 0)
+        return false;
+    t->content_awaited = x->code == 354;
+    if (t->content_awaited && !mail_ok) {       /* it does not mean what it says */
         lose(x, "a yes after a no", DATA_COMMAND);
         return false;
     }
+    if (!t->content_awaited)
+        settle_group(x, &t->accepted, judge(x, x->code) == FAILED ? FAILED : LATER);
     return true;
 }
 
-/* One transaction (RFC 5321 3.3).  False: the connection is of no more use. */
-static bool transact(struct exchange *x, struct message *m, struct recipient **to, size_t count)
+/* Leads one transaction to its end; outcomes are recorded where the exchanger has
+ * taken the message.  False: the connection is of no more use. */
+static bool transact(struct exchange *x, struct message *m, struct transaction *t)
 {
-    char *text = compose_envelope(x, m, to, count);
-    size_t accepted;
-    bool alive;
-    int data;
+    char *commands = compose_envelope(x, m, &t->to);
+    bool alive = say_envelope(x, commands, t);
 
-    for (size_t i = 0; i < count; i++)
-        to[i]->accepted = false;
-    alive = say_envelope(x, text, to, count, &accepted, &data);
-    free(text);
+    free(commands);
     if (!alive) {
-        settle_all(to, count, LATER, x->label, x->words);   /* as if they had not been asked */
+        settle_group(x, &t->to, LATER);     /* no answer counts that came before but a final one */
         return false;
     }
-    if (data == 354 && accepted > 0)
-        return transfer_message(x, m, to, count);
-    if (data == 354)            /* RFC 2920 3.1: an empty message ends what nobody wants */
-        return say(x, FINAL_DOT, ".\r\n") != 0;
+    if (!t->content_awaited)
+        return true;
+    if (t->accepted.count > 0)
+        return transfer_message(x, m, t);
+    return say(x, FINAL_DOT, ".\r\n") != 0;     /* an empty message ends what nobody wants: RFC 2920 3.1 */
+}
+
+/* A transaction gets somewhere when the message is owed to fewer recipients than
+ * before: the exchanger accepted some, and its answer to DATA or to the message is
+ * final, 2xx or 5xx.  That answer is the same for all of them. */
+static bool got_somewhere(const struct transaction *t)
+{
+    return t->accepted.count > 0 && t->accepted.list[0]->outcome != LATER;
+}
+
+/* The recipients that are still to be asked for on this connection, in order. */
+struct remaining {
+    struct recipient **list;
+    size_t count;
+    size_t fresh;               /* so many at the front were not asked for yet; the others were surplus before */
+    size_t limit;               /* how many to ask for in one transaction */
+};
+
+/* Moves recipients from the front into a transaction. */
+static void begin_transaction(struct remaining *left, struct transaction *t)
+{
+    t->to.count = left->count < left->limit ? left->count : left->limit;
+    memcpy(t->to.list, left->list, t->to.count * sizeof *left->list);
+    left->count -= t->to.count;
+    left->fresh -= left->fresh < t->to.count ? left->fresh : t->to.count;
+    memmove(left->list, left->list + t->to.count, left->count * sizeof *left->list);
+}
+
+/* Puts the surplus of a transaction that got somewhere behind the others.  After one
+ * that did not, no surplus is asked for again: it waits for the next try. */
+static void end_transaction(struct remaining *left, const struct transaction *t)
+{
+    if (!got_somewhere(t)) {
+        left->count = left->fresh;
+        return;
+    }
+    memcpy(left->list + left->count, t->surplus.list, t->surplus.count * sizeof *left->list);
+    left->count += t->surplus.count;
+    if (t->full)
+        left->limit = t->accepted.count;
+}
+
+/* Leads as many transactions as these recipients need: the exchanger may accept fewer
+ * in one than we ask for (RFC 5321 4.5.3.1.10).  What one transaction has sent is
+ * recorded before the next begins, and its recipients are in no other, so that nobody
+ * gets the message twice.  False: the connection is of no more use. */
+static bool transact_all(struct exchange *x, struct message *m, struct recipient **to, size_t count)
+{
+    struct remaining left = { .list = allocate(NULL, count * sizeof *to), .limit = GROUP_LIMIT };
+    bool alive = true, open = false;
+
     for (size_t i = 0; i < count; i++)
-        if (to[i]->accepted)
-            settle(to[i], judge(x, data) == FAILED ? FAILED : LATER, x->label, x->words);
-    return true;
+        if (to[i]->outcome == LATER)
+            left.list[left.count++] = to[i];
+    left.fresh = left.count;
+    while (alive && left.count > 0) {
+        struct transaction t = { .full = false };
+
+        begin_transaction(&left, &t);
+        alive = (!open || say(x, ENVELOPE, "RSET\r\n") != 0) && transact(x, m, &t);
+        open = !t.content_awaited;      /* else the final dot has ended it */
+        end_transaction(&left, &t);
+    }
+    free(left.list);
+    return alive;
 }
 
 /* ==== The race =========================================================== */
@@ -2253,42 +2348,13 @@ static struct exchange *race(struct route *route, unsigned preference)
 
 /* ==== Delivery =========================================================== */
 
-static bool any_pending(struct recipient **to, size_t count)
+/* Is the message still owed to one of these? */
+static bool any_owed(struct recipient **to, size_t count)
 {
     for (size_t i = 0; i < count; i++)
-        if (to[i]->pending)
+        if (to[i]->outcome == LATER)
             return true;
     return false;
-}
-
-static bool any_accepted(struct recipient **to, size_t count)
-{
-    for (size_t i = 0; i < count; i++)
-        if (to[i]->accepted)
-            return true;
-    return false;
-}
-
-/* As many transactions as the recipients need.  False: the connection is of no
- * more use. */
-static bool transact_all(struct exchange *x, struct message *m, struct recipient **to, size_t count)
-{
-    size_t i = 0;
-
-    while (i < count) {
-        struct recipient *group[GROUP_LIMIT];
-        size_t n = 0;
-
-        for (; i < count && n < GROUP_LIMIT; i++)
-            if (to[i]->pending)
-                group[n++] = to[i];
-        /* The transaction before may have come to nothing, and still be open. */
-        if (i > n && n > 0 && say(x, ENVELOPE, "RSET\r\n") == 0)
-            return false;
-        if (n > 0 && !transact(x, m, group, n))
-            return false;
-    }
-    return true;
 }
 
 /* What one message of a batch leaves to the next. */
@@ -2370,6 +2436,7 @@ static void talk(struct batch *b, struct exchange *x, struct message *m, struct 
     bool alive = x->code != 0, used = x->messages > 0, ended;
 
     x->ready = hello == SENT;
+    x->accepting = false;
     if (hello != SENT)
         settle_all(to, count, hello, x->label, x->words);
     else if (x->max_size > 0 && m->size > x->max_size)
@@ -2379,11 +2446,11 @@ static void talk(struct batch *b, struct exchange *x, struct message *m, struct 
     else
         alive = transact_all(x, m, to, count);
     x->messages++;
-    if (alive && x->ready && b->more && !m->part && !any_pending(to, count)) {
+    if (alive && x->ready && b->more && !m->part && !any_owed(to, count)) {
         x->deadline = clock_ms() + KEPT;
         return;
     }
-    ended = (!alive || x->closing) && !any_accepted(to, count);
+    ended = (!alive || x->closing) && !x->accepting;
     if (alive)
         say(x, QUIT, "QUIT\r\n");
     spend(x);
@@ -2401,7 +2468,7 @@ static void blame_last(const struct route *route, unsigned preference, struct re
         if (x->preference == preference && x->progress == SPENT)
             last = x;
     for (size_t i = 0; i < count && last != NULL; i++)
-        if (to[i]->pending && !to[i]->unrecorded)
+        if (to[i]->outcome == LATER && !to[i]->unrecorded)
             settle(to[i], LATER, last->label, last->words);
 }
 
@@ -2429,7 +2496,7 @@ static bool deliver(struct batch *b, struct message *m, struct recipient **to, s
         route->x[k].id = m->id;
     if (route->count > 0)
         survey(m);
-    while (i < route->count && any_pending(to, count)) {
+    while (i < route->count && any_owed(to, count)) {
         unsigned preference = route->x[i].preference;
         struct exchange *x = route->open != NULL ? route->open : race(route, preference);
 
@@ -2444,10 +2511,8 @@ static bool deliver(struct batch *b, struct message *m, struct recipient **to, s
             refused = refused && route->x[i].refused;
     }
     for (size_t k = 0; k < count; k++)      /* a 5xx greeting from all: RFC 5321 3.1, nobody there takes mail */
-        if (to[k]->pending && route->count > 0 && route->whole && refused) {
+        if (to[k]->outcome == LATER && route->count > 0 && route->whole && refused)
             to[k]->outcome = FAILED;
-            to[k]->pending = false;
-        }
     reached = reached || route->outcome == FAILED || (route->count > 0 && refused);
     if (!reached)
         note_dead(b, domain, to[0]);
@@ -2461,7 +2526,7 @@ static void expire(const struct message *m, struct recipient **to, size_t count)
     for (size_t i = 0; i < count; i++) {
         char words[REPLY_SIZE], *said = to[i]->said;
 
-        if (!to[i]->pending || m->age < settings.expire)
+        if (to[i]->outcome != LATER || m->age < settings.expire)
             continue;
         snprintf(words, sizeof words, "4.4.7 given up after %lld seconds; last: %s", (long long)m->age,
             said != NULL ? said : "-");
@@ -2601,30 +2666,37 @@ struct party {
     size_t count;
 };
 
-/* Puts the pending recipients into `order`, those of a domain side by side, and
- * divides them into parties.  With a smarthost all are one party.  Returns how
- * many there are. */
+/* Do both go to the same exchangers?  With a smarthost all do. */
+static bool share_party(const struct recipient *a, const struct recipient *b)
+{
+    return settings.smarthost != NULL || strcasecmp(domain_of(a->address), domain_of(b->address)) == 0;
+}
+
+static bool has_party(const struct recipient *r, const struct party *parties, size_t count)
+{
+    for (size_t i = 0; i < count; i++)
+        if (share_party(r, parties[i].to[0]))
+            return true;
+    return false;
+}
+
+/* Puts the recipients that the message is owed to into `order`, those of a domain
+ * side by side, and divides them into parties.  Returns how many parties there are. */
 static size_t make_parties(struct message *m, struct recipient **order, struct party *parties)
 {
-    size_t ordered = 0, count = 0;
+    size_t count = 0;
 
     for (size_t i = 0; i < m->count; i++) {
-        const char *domain = domain_of(m->recipients[i].address);
-        size_t first = ordered;
+        struct party *p = &parties[count];
 
-        for (size_t k = i; k < m->count; k++) {
-            struct recipient *r = &m->recipients[k];
-
-            if (r->outcome == LATER && !r->pending
-                && (settings.smarthost != NULL || strcasecmp(domain_of(r->address), domain) == 0)) {
-                r->pending = true;
-                order[ordered++] = r;
-            }
-        }
-        if (ordered > first) {
-            parties[count].to = order + first;
-            parties[count++].count = ordered - first;
-        }
+        if (m->recipients[i].outcome != LATER || has_party(&m->recipients[i], parties, count))
+            continue;
+        *p = (struct party){ .to = order };
+        for (size_t k = i; k < m->count; k++)
+            if (m->recipients[k].outcome == LATER && share_party(&m->recipients[i], &m->recipients[k]))
+                p->to[p->count++] = &m->recipients[k];
+        order += p->count;
+        count++;
     }
     return count;
 }
@@ -2671,14 +2743,12 @@ static void read_results(struct message *m, const struct draft *failures)
     char *line;
 
     read_outcomes(m);
-    for (size_t i = 0; i < m->count; i++) {
-        m->recipients[i].unrecorded = false;
-        m->recipients[i].pending = m->recipients[i].outcome == LATER;
-    }
+    for (size_t i = 0; i < m->count; i++)
+        m->recipients[i].unrecorded = m->recipients[i].outcome == LATER;
     while ((line = read_line(&r)) != NULL)
         apply_outcome(m, line);
     for (size_t i = 0; i < m->count; i++)
-        m->recipients[i].unrecorded = m->recipients[i].pending && m->recipients[i].outcome == FAILED;
+        m->recipients[i].unrecorded = m->recipients[i].unrecorded && m->recipients[i].outcome == FAILED;
 }
 
 /* Several domains, some side by side, so that a dead one delays no other. */

@@ -469,6 +469,138 @@ def test_every_recipient_has_an_outcome_of_its_own(world, extensions):
     assert message.recipients == ["<c@example.net>"]
 
 
+# ---- Exchangers that take few recipients in a transaction ---------------------------------------
+#
+# RFC 5321 4.5.3.1.10: what it took is sent and recorded, and the others are asked for
+# in another transaction on the same connection, as long as each gets somewhere.
+
+
+LOCKSTEP = pytest.mark.parametrize("extensions", [Exchanger.EXTENSIONS, ()], ids=["pipelined", "in lockstep"])
+
+
+def names(count):
+    return [f"b{n}@example.net" for n in range(count)]
+
+
+def asked_for(connection):
+    """The recipients of each transaction, the refused ones included."""
+    asked = []
+    for command in connection.commands:
+        if command.startswith("MAIL"):
+            asked.append([])
+        if command.startswith("RCPT"):
+            asked[-1].append(command[len("RCPT TO:<"):-1])
+    return asked
+
+
+@LOCKSTEP
+@pytest.mark.parametrize("limit, count", [(10, 100), (1, 8), (10, 250)])
+@pytest.mark.parametrize("refusal", [
+    "452 4.5.3 too many", "552 5.5.3 too many", "451-4.3.0 one domain\n451 4.3.0 in a transaction"])
+def test_few_recipients_a_transaction(world, extensions, limit, count, refusal):
+    world.exchanger.set(extensions=extensions, recipient_limit=limit, too_many=refusal)
+    send(world.relay, *names(count))
+    wait_until_empty(world.relay)
+    connection, = world.exchanger.connections
+    assert [len(message.recipients) for message in world.exchanger.messages] == [limit] * (count // limit)
+    got = [path for message in world.exchanger.messages for path in message.recipients]
+    assert sorted(got) == sorted(f"<{to}>" for to in names(count))
+    assert len({message.raw for message in world.exchanger.messages}) == 1
+    assert not world.relay.logged("status=(later|failed)")
+    if "4.3.0" not in refusal:      # a limit of recipients is learned: nobody is asked for in vain twice
+        assert sum(map(len, asked_for(connection))) == count + min(count, 100) - limit
+
+
+def test_one_domain_a_transaction(dns, exchangers, relay):
+    """As Google has it: 451 says nothing of a number."""
+    def one_domain(connection):
+        asked = [command for command in connection.commands if command[:4] in ("MAIL", "RCPT")]
+        first = max(i for i, command in enumerate(asked) if command.startswith("MAIL")) + 1
+        domains = {command.partition("@")[2] for command in (asked[first], asked[-1])}
+        return None if len(domains) == 1 else "451 4.3.0 Multiple destination domains per transaction is unsupported."
+
+    smarthost, = exchangers(1)
+    smarthost.set(replies={"RCPT": one_domain})
+    server = relay("-s", f"{smarthost.host}:{smarthost.port}")
+    recipients = [f"{name}@{domain}.example.net" for name in "abc" for domain in ("x", "y", "z")]
+    send(server, *recipients)
+    wait_until_empty(server)
+    assert [message.recipients for message in smarthost.messages] == [
+        [f"<{name}@{domain}.example.net>" for name in "abc"] for domain in ("x", "y", "z")]
+    assert len(smarthost.connections) == 1
+
+
+@LOCKSTEP
+@pytest.mark.parametrize("code, tries", [(451, 2), (452, 2), (552, 2), (450, 1), (550, 1)])
+def test_who_is_refused_while_nothing_else_gets_on_waits(world, extensions, code, tries):
+    """One refusal may be for want of room; two, the second with nobody else there, are not."""
+    world.exchanger.set(extensions=extensions, replies={("RCPT", "<b0@example.net>"): f"{code} 4.2.2 mailbox full"})
+    send(world.relay, *names(3))
+    found = outcome(world.relay, "b0@example.net")
+    assert (found.status, found.words) == ("failed" if code == 550 else "later", f"{code} 4.2.2 mailbox full")
+    connection, = world.exchanger.connections
+    wait_for(lambda: connection.closed)
+    assert asked_for(connection) == [names(3), names(1)][:tries]
+    assert [message.recipients for message in world.exchanger.messages] == [["<b1@example.net>", "<b2@example.net>"]]
+
+
+@LOCKSTEP
+def test_who_was_never_asked_for_is_asked_whatever_became_of_the_others(world, extensions):
+    """250 recipients: the first hundred are refused, and not asked for again."""
+    world.exchanger.set(extensions=extensions, replies={"RCPT": ["452 4.5.3 too many"] * 100})
+    send(world.relay, *names(250))
+    world.exchanger.wait_for_messages(2)
+    connection, = world.exchanger.connections
+    wait_for(lambda: connection.closed)
+    assert asked_for(connection) == [names(100), names(200)[100:], names(250)[200:]]
+    assert all(outcome(world.relay, to).status == "later" for to in names(100))
+
+
+@LOCKSTEP
+@pytest.mark.parametrize("key", ["DATA", "."])
+@pytest.mark.parametrize("reply, status, transactions", [("451 4.3.0 no", "later", 1), ("554 5.6.0 no", "failed", 3)])
+def test_message_that_is_refused_to_those_who_were_taken(world, extensions, key, reply, status, transactions):
+    """After 4xx the transaction got nowhere.  5xx is final: it is heard for all of them in
+    one try, so that the sender gets one report and not one after each back-off."""
+    world.exchanger.set(extensions=extensions, recipient_limit=1, replies={key: reply})
+    send(world.relay, *names(3), sender="nour@example.org")
+    found = [outcome(world.relay, to) for to in names(3)]
+    assert {each.status for each in found} == {status}
+    assert found[0].words == reply
+    connection, = world.exchanger.connections
+    wait_for(lambda: connection.closed)
+    assert len(asked_for(connection)) == transactions
+    assert len(world.relay.logged("failures are reported to=")) == (status == "failed")
+
+
+def test_what_is_sent_is_recorded_before_the_next_transaction(world):
+    """However the next one ends, nobody gets the message twice."""
+    records = []
+
+    def look(connection):
+        path, = world.relay.queue()
+        records.append(re.findall(rb"Z (\w+) <(b\d)@", path.read_bytes()))
+
+    world.exchanger.set(recipient_limit=2, replies={"MAIL": look})
+    send(world.relay, *names(6))
+    wait_until_empty(world.relay)
+    assert records == [[], [(b"sent", b"b0"), (b"sent", b"b1")],
+                       [(b"sent", b"b%d" % n) for n in range(4)]]
+
+
+@LOCKSTEP
+@pytest.mark.parametrize("end", ["421 4.7.0 enough", lambda connection: connection.hang_up(False)], ids=["421", "lost"])
+def test_connection_that_ends_between_transactions(world, extensions, end):
+    """What it took stays sent, and the others wait; in the next try they alone are asked for."""
+    server = world.relay
+    world.exchanger.set(extensions=extensions, recipient_limit=2, replies={"MAIL": [None, end]})
+    send(server, *names(4))
+    assert [outcome(server, to).status for to in names(4)] == ["sent", "sent", "later", "later"]
+    server.hangup_until(lambda: not server.queue())
+    assert [message.recipients for message in world.exchanger.messages] == [
+        ["<b0@example.net>", "<b1@example.net>"], ["<b2@example.net>", "<b3@example.net>"]]
+
+
 # ---- What the answers mean ------------------------------------------------------------------------
 #
 # The exchanger that misbehaves is the first for example.net, where another stands behind

@@ -184,7 +184,6 @@ UNGUIDED static void check_outcomes(const struct message *m)
     for (size_t i = 0; i < m->count; i++) {
         const struct recipient *r = &m->recipients[i];
 
-        assert(r->pending == (r->outcome == LATER));
         assert(r->outcome == LATER || r->said != NULL);
         if (r->said == NULL)
             continue;
@@ -215,19 +214,18 @@ static void check_dialogue(const char *says, size_t size, enum manner manner)
 {
     static struct exchange x;
     struct message m;
+    struct batch alone = { .more = false };
     struct recipient *to[3];
     bool readable;
 
     file_set(message_text, sizeof message_text - 1);
     readable = message_read(&m, FILE_FD, MESSAGE_ID);
     assert(readable && m.count == 3);
-    for (size_t i = 0; i < m.count; i++) {
+    for (size_t i = 0; i < m.count; i++)
         to[i] = &m.recipients[i];
-        to[i]->pending = true;
-    }
     survey(&m);
     exchanger_set(&x, says, size, manner);
-    talk(&x, &m, to, m.count);
+    talk(&alone, &x, &m, to, m.count);
     assert(exchanger.closed && x.progress == SPENT);
     assert(exchanger.part || is_crlf_lines(exchanger.told, exchanger.told_size));
     check_message_sent(&m);
