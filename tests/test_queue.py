@@ -132,7 +132,7 @@ def test_mixed_recipients_across_a_kill(house):
     """First delivered once, second reported once, third delivered once at the retry."""
     world = house()
     world.net.set(replies={("RCPT", "<b@example.net>"): "550 5.1.1 nobody",
-                           ("RCPT", "<c@example.net>"): ["451 4.7.1 greylisted"]})
+                           ("RCPT", "<c@example.net>"): ["450 4.2.0 greylisted"]})
     world.org.set(stall_at="MAIL")      # the report waits
     world.relay.send("a@example.net", "b@example.net", "c@example.net")
     for name in "abc":
@@ -166,7 +166,7 @@ def test_done_is_done_even_where_the_message_cannot_be_removed(house, strace):
 def test_record_that_fails_takes_no_earlier_one_with_it(house, strace):
     """Two transactions, and the disk does not take the second one's outcome at once."""
     world = house()
-    world.net.set(replies={("RCPT", "<last@example.net>"): ["451 4.7.1 later"]})
+    world.net.set(replies={("RCPT", "<last@example.net>"): ["450 4.2.0 later"]})
     recipients = [f"b{n}@example.net" for n in range(100)] + ["next@example.net"]
     with strace(world.relay.pid, "inject=fsync:error=EIO:when=4") as trace:     # file, directory, record, record
         world.relay.send(*recipients, "last@example.net")
