@@ -31,21 +31,19 @@ uninstall:
 test: smtp
 	sh tests/run
 
-# What a server does of what the RFCs ask: this one, or SERVER=host:port FROM=... TO=...
+# What a server does of what the RFCs ask: this one, or SERVER=host:port, which needs no compiler;
+# CONFORMANCE='--from me@example.org --strict' has more, and CONFORMANCE=--help says what.
 SERVER =
-FROM =
-TO =
-SINK =
-STRANGER =
-PATIENCE =
+CONFORMANCE =
 
-conformance: smtp
-	sh tests/run -q --tb=no tests/conformance --report report --server '$(SERVER)' \
-		--from '$(FROM)' --to '$(TO)' --sink '$(SINK)' --stranger '$(STRANGER)' --patience '$(PATIENCE)'
+conformance:
+	@test -n '$(SERVER)' || $(MAKE) smtp
+	sh tests/run python tests/conformance --report report `test -z '$(SERVER)' || echo --server '$(SERVER)'` \
+		$(CONFORMANCE)
 
 # The same of this server and of others, side by side.
 conformance-peers: smtp
-	python3 tests/conformance/compare.py report
+	sh tests/run python tests/conformance/compare.py report
 
 # Kills it at random moments, and at each system call of a message's life.
 crash: smtp

@@ -18,7 +18,6 @@ def pytest_configure(config):
     """The marks of tests/conformance."""
     config.addinivalue_line("markers", "must: the RFC says MUST, MUST NOT or SHALL, or its grammar does")
     config.addinivalue_line("markers", "should: the RFC says SHOULD or SHOULD NOT")
-    config.addinivalue_line("markers", "section(rfc, number): where it says so")
 
 
 @pytest.fixture

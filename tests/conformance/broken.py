@@ -3,21 +3,18 @@
     python3 tests/conformance/broken.py 4.1.1.5-a       one that RSET makes no impression on
 
 Without a fault it does all that the tests ask, small as it is: it relays what it is
-given at once, to the lab's Exchanger.  With a fault it departs from just the
-requirement that the fault is named after.
+given at once, to a Sink.  With a fault it departs from just the requirement that the
+fault is named after.  With one of TROUBLES it departs from none, and cannot be asked.
 """
 import email.utils
 import re
+import smtplib
 import socket
 import socketserver
 import sys
 import threading
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-
-from dialogue import DOMAIN, LITERAL        # noqa: E402
-from lab import Client      # noqa: E402
+from dialogue import DOMAIN, LITERAL
 
 NAME = "broken.example"
 LIMIT = 100_000         # octets in a message
@@ -90,7 +87,7 @@ REPLIES = {
     "4.5.1-f": (".*>RCPT TO:<pOsTMASTer>", "550 5.1.1 nobody"),
     "4.5.3.1.1-a": (".*>MAIL FROM:<a{60}.*", "501 5.1.7 too long"),
     "4.5.3.1.2-a": (".*>EHLO .{200}.*", "501 too long"),
-    "4.5.3.1.3-a": (".*>MAIL FROM:<a@x{49}.*", "501 5.1.7 too long"),
+    "4.5.3.1.3-a": (r".*>MAIL FROM:<a@x{49}\.x{49}.*", "501 5.1.7 too long"),
     "4.5.3.1.4-a": (".*>NOOP .{300}.*", "500 5.5.2 too long"),
     "4.5.3.1.5-a": (".*>XYZZY", "500 5.5.2 " + "what? " * 90),
     "7.3-a": (".*>VRFY postmaster", "550 5.1.1 nobody"),
@@ -101,7 +98,7 @@ REPLIES = {
     "2034-4-b": (".*>XYZZY", "500 4.5.2 what?"),
     "2034-4-c": (".*>HELP", "214-2.0.0 help\r\n214 2.0.1 yourself"),
     "2920-3.2-b": (r".* \.>RSET", ""),
-    "2920-3.2-c": ("ready RCPT>DATA", "250 2.0.0 Ok"),
+    "2920-3.2-c": ("ready MAIL>RCPT TO:<friend@.*", "250 2.1.5 Ok"),
     "6152-2-b": (".* BODY=8BITMIME", "501 5.5.4 seven are enough")}
 
 # The transaction is forgotten where it must not be.
@@ -154,6 +151,12 @@ OTHERS = {"2.3.8-a", "2.3.8-b", "2.4-b", "3.1-a", "3.1-b", "3.3-b", "4.1.1.3-b",
 
 FAULTS = set().union(REPLIES, FORGETS, KEEPS, CLOSES, KEYWORDS, ENDS, REFUSES, TRACES, CHANGES, OTHERS)
 
+# What keeps a server from being asked, and is no departure.
+TROUBLES = {
+    "silent": "it answers no MAIL", "gone": "it closes the connection in place of a reply to MAIL",
+    "full": "it greets with 421", "strict": "it says 421 to the second error of a session",
+    "deaf": "it takes no message further"}
+
 # Where two requirements say the same of one thing, both tests see it.
 SEEN_BY = {"4.2.4-a": {"4.2.4-a", "4.1.1.8-b"}}
 
@@ -164,13 +167,14 @@ SEEN_BY = {"4.2.4-a": {"4.2.4-a", "4.1.1.8-b"}}
 class Broken(socketserver.ThreadingTCPServer):
     """Listens at .port.  `sink` is the port of the Exchanger that it relays to."""
 
+    allow_reuse_address = True
     daemon_threads = True
     block_on_close = False
 
-    def __init__(self, fault=None, sink=None):
-        if fault not in FAULTS | {None}:
-            raise ValueError(f"no such fault: {fault}; there are {' '.join(sorted(FAULTS))}")
-        super().__init__(("127.0.0.1", 0), Session)
+    def __init__(self, fault=None, sink=None, port=0):
+        if fault not in FAULTS | set(TROUBLES) | {None}:
+            raise ValueError(f"no such fault: {fault}; there are {' '.join(sorted(FAULTS | set(TROUBLES)))}")
+        super().__init__(("127.0.0.1", port), Session)
         self.fault, self.sink, self.port = fault, sink, self.server_address[1]
         self.sessions = []
         threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
@@ -185,9 +189,11 @@ class Session(socketserver.StreamRequestHandler):
 
     def handle(self):
         self.helo, self.previous, self.queue, self.pending, self.held = None, "", [], [], ""
+        self.errors = 0
         self.reset()
         crowded = self.has("4.5.4.2-a") and any(session.state == "rcpt" for session in self.server.sessions)
         self.server.sessions.append(self)
+        crowded = crowded or self.has("full")
         try:
             self.converse("421 4.3.2 one at a time" if crowded else "220 broken.example ESMTP")
         except ConnectionError:
@@ -253,7 +259,13 @@ class Session(socketserver.StreamRequestHandler):
         """Obeys a line.  False: that was the last."""
         before, where = self.state, f"{self.state} {self.previous}>{line}"
         self.previous = line.strip()[:4].upper()
+        if self.has("silent", "gone") and self.previous == "MAIL":
+            return self.has("silent")
         reply = self.obey(line.rstrip(" \t"))
+        self.errors += reply[0] == "5"
+        if self.has("strict") and self.errors == 2:
+            self.say("421 4.7.0 too many errors", "")
+            return False
         if self.hits(FORGETS, where):
             self.reset()
         if self.hits(KEEPS, where):
@@ -399,7 +411,7 @@ class Session(socketserver.StreamRequestHandler):
         return "552 5.6.0 not this one" if refused and re.search(refused, content) else None
 
     def relay(self, sender, recipients, content):
-        if self.server.sink is None or not recipients:
+        if self.server.sink is None or not recipients or self.has("deaf"):
             return
         fault = self.server.fault
         trace = TRACE.replace(*TRACES.get(fault, ("", ""))).format(
@@ -415,8 +427,12 @@ class Session(socketserver.StreamRequestHandler):
             sender = sender or f"postmaster@{NAME}"
         if self.has("4.1.1.3-c"):
             sender = self.route + sender
-        with Client(self.server.sink) as client:
-            client.deliver(sender, recipients, message)
+        with smtplib.SMTP("127.0.0.1", self.server.sink, local_hostname="broken.example", timeout=20) as client:
+            client.ehlo()
+            client.docmd("MAIL", f"From:<{sender}>")
+            for recipient in recipients:
+                client.docmd("RCPT", f"To:<{recipient}>")
+            client.data(message)
 
 
 if __name__ == "__main__":

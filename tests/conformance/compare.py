@@ -17,7 +17,7 @@ sys.path.insert(0, str(SUITE.parent))
 import lab      # noqa: E402
 import peers    # noqa: E402
 
-MARKS = {"pass": "✓", "fail": "**✗**", "n/a": "·"}
+MARKS = {"pass": "✓", "fail": "**✗**", "n/a": "·", "error": "!"}
 
 
 def free_endpoint():
@@ -36,9 +36,9 @@ def report_on(name, directory):
                        "--from", "nour@example.org", "--to", "friend@example.net"]
             if name != "aiosmtpd":      # which throws away what it takes
                 options += ["--sink", "{}:{}".format(*sink)]
-            subprocess.run([SUITE.parent / "run", "-q", "--tb=no", SUITE, *options, "--report", directory / name],
+            subprocess.run([sys.executable, SUITE, *options, "--report", directory / name],
                            stdin=subprocess.DEVNULL, stdout=sys.stderr)
-            found = json.loads((directory / name / "report.json").read_text())
+            found = json.loads((directory / name / "report.json").read_text(encoding="utf-8"))
             return {**found, "server": peer.version()}
     except peers.Absent as reason:
         print(f"{name} is absent: {reason}", file=sys.stderr)
@@ -46,8 +46,8 @@ def report_on(name, directory):
 
 
 def totals(reports):
-    yield "| server | MUST: pass | fail | n/a | SHOULD: pass | fail | n/a |"
-    yield "|---|--:|--:|--:|--:|--:|--:|"
+    yield "| server | MUST: pass | fail | n/a | error | SHOULD: pass | fail | n/a | error |"
+    yield "|---|--:|--:|--:|--:|--:|--:|--:|--:|"
     for report in reports:
         counts = [str(report["counts"][level][verdict]) for level in ("MUST", "SHOULD") for verdict in MARKS]
         yield f"| {report['server']} | {' | '.join(counts)} |"

@@ -1,74 +1,39 @@
 """What the conformance tests are given, and what becomes of their results.
 
-    --server host:port  the server under test; without it: this project's, in the lab
-    --from address      for MAIL FROM; without it: the null reverse-path
-    --to address        where mail may be sent; without it: nowhere
-    --sink host:port    where the suite listens as the exchanger that mail for --to is
-                        relayed to, so that it sees what arrives
-    --stranger address  an address of this machine that the server refuses
-    --patience seconds  how long to be silent for the time-outs; without it: not at all
-    --report directory  where to write report.txt, report.json and report.html
+suite.py runs them, and leaves a Target in config.target and the requirements that are
+asked for in config.only; what they find is left in config.results.
 """
-import re
 from pathlib import Path
 from types import SimpleNamespace
 
-import lab
 import pytest
 import report
-from dialogue import Target
+from dialogue import Departure, Dismissed, Unasked
 
 
-def pytest_addoption(parser):
-    group = parser.getgroup("conformance")
-    for option, text in re.findall(r"^    --(\w+) \S+ +(.*(?:\n {8}.*)*)", __doc__, re.M):
-        group.addoption("--" + option, default="", help=" ".join(text.split()))
+def pytest_configure(config):
+    config.addinivalue_line("markers", "must: the RFC says MUST, MUST NOT or SHALL, or its grammar does")
+    config.addinivalue_line("markers", "should: the RFC says SHOULD or SHOULD NOT")
 
 
-def pytest_collection_modifyitems(items):
-    for item in items:
-        if item.path.parent == Path(__file__).parent:
-            item.requirement = report.Requirement.of(item)
-            item.add_marker(pytest.mark.section(item.requirement.rfc, item.requirement.section))
+def pytest_collection_modifyitems(config, items):
+    ours = [item for item in items if item.path.parent == Path(__file__).parent]
+    for item in ours:
+        item.requirement = report.Requirement.of(item)
+    unwanted = [item for item in ours if not item.requirement.among(getattr(config, "only", None))]
+    if unwanted:
+        config.hook.pytest_deselected(items=unwanted)
+        items[:] = [item for item in items if item not in unwanted]
 
 
 # ---- The server ------------------------------------------------------------------------
 
 
-def option(config, name):
-    return config.getoption("--" + name, default="")      # unknown where other tests run, too
-
-
-def endpoint(text):
-    host, port = re.fullmatch(r"(.*?)(?::(\d+))?", text).groups()
-    return host.strip("[]"), int(port or 25)
-
-
 @pytest.fixture(scope="session")
-def target(request, tmp_path_factory):
-    config = request.config
-    patience = float(option(config, "patience") or 0)
-    if hasattr(config, "target"):               # whoever runs the suite brings one
-        yield config.target
-    elif option(config, "server"):
-        sink = lab.Exchanger(*endpoint(option(config, "sink"))) if option(config, "sink") else None
-        yield Target(*endpoint(option(config, "server")), option(config, "from"), option(config, "to") or None,
-                     sink, patience, stranger=option(config, "stranger") or None)
-        if sink:
-            sink.stop()
-    else:
-        yield from this_server(tmp_path_factory.mktemp("conformance"), patience)
-
-
-def this_server(directory, patience):
-    """The program in the lab, with a limit to the size of a message that can be tried."""
-    dns, (exchanger,) = lab.Nameserver(), lab.exchangers(1)
-    dns.mail("example.net", (10, exchanger))
-    relay = lab.Relay("-m", 200_000, spool=directory / "spool", dns=dns, mx_port=exchanger.port)
-    yield Target("127.0.0.1", relay.port, "nour@example.org", "friend@example.net", exchanger, patience)
-    relay.stop()
-    exchanger.stop()
-    dns.stop()
+def target(request):
+    if not hasattr(request.config, "target"):
+        pytest.exit("these tests ask a server: python3 tests/conformance --help", 2)
+    return request.config.target
 
 
 @pytest.fixture
@@ -104,7 +69,37 @@ def transaction(session):
     return session.begin()
 
 
-TOUR = ["EHLO client.example", "NOOP", "HELP", "VRFY postmaster", "EXPN postmaster", "MAIL FROM:<", "XYZZY"]
+class Replies(dict):
+    """Replies by command."""
+
+    def __missing__(self, command):
+        raise Unasked(f"the server ended the session in place of the reply to {command}")
+
+
+class Tour:
+    """What a server says to a little of everything.  A server may count errors, and defend
+    itself (RFC 5321 7.8): so each command that may be one has a session of its own."""
+
+    COMMANDS = "NOOP", "HELP", "VRFY postmaster", "EXPN postmaster", "MAIL FROM:<", "XYZZY"
+
+    def __init__(self, target):
+        self.replies, self.raw, self.transcript, self.ended = Replies(), b"", [], None
+        for command in self.COMMANDS:
+            session = target.connect().welcomed()
+            self.replies[""] = session.greeting
+            try:
+                self.replies["EHLO client.example"] = session.say("EHLO client.example")
+                self.replies[command] = session.say(command)
+            except Dismissed as reason:
+                self.ended = reason
+            self.raw += session.raw
+            self.transcript += ["", *session.transcript]
+            session.close()
+
+    def complete(self):
+        """For a test that looks at all replies, and has found no fault: that these are all."""
+        if self.ended:
+            raise self.ended
 
 
 @pytest.fixture(scope="session")
@@ -114,11 +109,9 @@ def tours():
 
 @pytest.fixture
 def tour(target, tours):
-    """What a session says to a little of everything, by command; heard once for all."""
+    """A Tour; made once for all."""
     if not tours:
-        session = target.connect().welcomed()
-        replies = {"": session.greeting, **{command: session.say(command) for command in TOUR}}
-        tours.append(SimpleNamespace(replies=replies, raw=session.raw, transcript=session.transcript))
+        tours.append(Tour(target))
         target.hang_up()
     target.sessions.append(SimpleNamespace(transcript=tours[0].transcript, close=lambda: None))
     return tours[0]
@@ -127,25 +120,41 @@ def tour(target, tours):
 # ---- The results -----------------------------------------------------------------------
 
 
+def verdict(error):
+    """What an exception of a test says of the server, and its words for that."""
+    if error is None:
+        return "pass", ""
+    if isinstance(error, pytest.skip.Exception):
+        return "n/a", str(error)
+    if isinstance(error, Departure):
+        return "fail", str(error)
+    if isinstance(error, Unasked):
+        return "error", str(error)
+    return "error", f"the suite itself failed: {type(error).__name__}: {error}".partition("\n")[0]
+
+
 @pytest.hookimpl(hookwrapper=True)
 def pytest_runtest_makereport(item, call):
-    """Every test has one result, from the phase that decides it.  A SHOULD that fails is
-    reported, and fails the run no more than an expected failure does."""
+    """Every test has one result, from the phase that decides it."""
     outcome = (yield).get_result()
     if not hasattr(item, "requirement") or outcome.when == "teardown" or (outcome.when == "setup" and outcome.passed):
         return
     target = item.funcargs.get("target")
     transcript = target.hang_up() if target else ""
-    result = report.Result.of(item.requirement, outcome, call.excinfo, transcript)
+    found, reason = verdict(call.excinfo and call.excinfo.value)
+    result = report.Result(item.requirement, found, reason, transcript, outcome.duration)
     item.config.results = getattr(item.config, "results", [])
     item.config.results.append(result)
-    outcome.sections.append(("The dialogue", transcript))
-    if outcome.failed and item.requirement.level == "SHOULD":
-        outcome.outcome, outcome.wasxfail = "skipped", f"SHOULD: {result.reason}"
+    outcome.result = result
 
 
-def pytest_terminal_summary(terminalreporter, config):
-    directory, results = option(config, "report"), getattr(config, "results", [])
-    if directory and results:
-        server = option(config, "server") or "this server, in the lab"
-        terminalreporter.write(report.write(Path(directory), server, results))
+LETTERS = {"pass": ".", "fail": "F", "n/a": "-", "error": "E"}
+
+
+def pytest_report_teststatus(report):
+    """A letter for each test; a small one for a SHOULD."""
+    result = getattr(report, "result", None)
+    if result is None:
+        return None
+    letter = LETTERS[result.verdict]
+    return result.verdict, letter.lower() if result.requirement.level == "SHOULD" else letter, result.verdict

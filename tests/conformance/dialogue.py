@@ -2,39 +2,119 @@
 
 A test is one requirement of one RFC, and its name says which: test_4_1_1_5_b_...
 is R-4.1.1.5-b of RFC 5321, test_rfc1870_6_1_a_... is R-1870-6.1-a of RFC 1870.  It
-is marked @must or @should.  What it cannot judge, it calls not applicable.
+is marked @must or @should.  It ends in one of four ways:
+
+    it returns              pass
+    it raises Departure     fail: the server does otherwise, and the text says in words how
+    it raises Unasked       error: the server could not be asked
+    not_applicable()        there is nothing to be judged
 """
 import contextlib
 import random
 import re
+import select
 import socket
+import time
 
 import pytest
 
-from lab import wait_for
+from sink import wait_for
 
 must = pytest.mark.must         # MUST, MUST NOT, SHALL, and what the grammar says
 should = pytest.mark.should     # SHOULD, SHOULD NOT
 
 NAME = "client.example"         # what a session calls itself
-CONNECTIONS = 400               # more than all tests need: one that went wild would be stopped
+CONNECTIONS = 800               # more than all tests need: a run that went wild would be stopped
 TOKEN = re.compile(rb"conformance-[0-9a-f]{16}")
 LABEL = r"[A-Za-z0-9](?:[A-Za-z0-9-]*[A-Za-z0-9])?"
 DOMAIN = rf"{LABEL}(?:\.{LABEL})*"
 LITERAL = r"\[[!-Z^-~]+\]"
 UNKNOWN = ("500", "502")        # the command is not recognized, or not implemented
 
+# How long a client waits for the reply to a command, in seconds (RFC 5321 4.5.3.2).
+WAITS = {"DATA": 120, ".": 600}
+USUAL_WAIT = 300
+BLOCK_WAIT = 180                # for room to send more of a message
+RETURN_WAIT = 30                # for a server that stopped listening under load to listen again
+FIRST_NEWS, NEWS = 10, 20       # after how long a wait is told, and how often from then on
+SILENCES = 3                    # so many in a row to one verb, and it is not waited for any more
+
+
+# ---- What becomes of a test ----------------------------------------------------------------
+
+
+class Departure(AssertionError):
+    """The server does otherwise than the requirement says."""
+
+
+class Unasked(Exception):
+    """The server could not be asked, so nothing can be said of the requirement."""
+
+
+class Silent(Unasked):
+    """It did not answer in time."""
+
+
+class Ended(Unasked):
+    """It ended the session."""
+
+
+class Closed(Ended):
+    """It did so without a word."""
+
+
+class Dismissed(Ended):
+    """It did so with 421, as it may: it defends itself, or is shut down."""
+
 
 def not_applicable(reason):
     pytest.skip(reason)
 
 
-class Closed(AssertionError):
-    """The server closed the connection where it had to answer."""
+def fail(reason):
+    raise Departure(reason)
+
+
+def either(codes):
+    """Codes, in words.  A single digit stands for all codes that begin with it."""
+    words = [f"{code}yz" if len(code) == 1 else code for code in codes]
+    return " or ".join([", ".join(words[:-1])] * (len(words) > 1) + words[-1:])
+
+
+def expect(reply, *codes):
+    """That a reply has one of these codes, or begins with one of these digits."""
+    if not reply.code.startswith(codes):
+        fail(f"{reply.told}; it should be {either(codes)}")
+    return reply
+
+
+def reject(reply, *codes):
+    """That it has none of them."""
+    if reply.code.startswith(codes):
+        fail(f"{reply.told}; it should not be {either(codes)}")
+    return reply
+
+
+def nothing(found, what):
+    """That a list of faults is empty."""
+    if found:
+        shown = "; ".join(readable(each) for each in list(found)[:5])
+        fail(f"{what}: {shown}" + f"; and {len(found) - 5} more" * (len(found) > 5))
+
+
+def as_sent(message, end):
+    """That the end of a message that has arrived is what was sent."""
+    if not message.data.endswith(end):
+        fail("the message has not arrived as it was sent: see what arrived at the other end")
+
+
+# ---- Replies -------------------------------------------------------------------------------
 
 
 class Reply(str):
     """A whole reply, its lines joined by \\n."""
+
+    command = ""        # what it is the reply to
 
     @property
     def code(self):
@@ -49,33 +129,57 @@ class Reply(str):
         return self[:1] == "2"
 
     @property
+    def told(self):
+        """The reply and its command, in a sentence."""
+        what = {"": "the greeting is", ".": "the message is answered"}.get(self.command)
+        command = self.command if len(self.command) <= 80 else self.command[:70] + "..."
+        return f"{what or readable(command) + ' is answered'} “{' / '.join(map(readable, self.lines[:3]))}”"
+
+    @property
     def policy(self):
-        """Whether it may be the site's policy, which the RFC leaves to the site: a
-        syntax or sequence error (50z) and an unknown parameter (555) are not."""
-        return self[:1] == "4" or (self[:1] == "5" and self[1:2] != "0" and self.code != "555")
+        """Whether it may be the site's policy, which 7.9 leaves to the site.  What says that the
+        command is not understood (500 to 504) or a parameter is not (555) is never policy."""
+        return self[:1] == "4" or (self[:1] == "5" and self.code not in ("500", "501", "502", "503", "504", "555"))
 
 
 def unless_refused(reply):
     """The reply, but the end of the test where it is a refusal by policy."""
     if reply.policy:
-        not_applicable(f"the server refuses, as it may: {reply}")
+        not_applicable(f"the server refuses, as it may: {reply.told}")
     return reply
+
+
+def unless_later(reply):
+    """The reply, but the end of the test where it is a refusal for now."""
+    if reply.code[:1] == "4":
+        not_applicable(f"the server refuses for now: {reply.told}")
+    return reply
+
+
+# ---- The server ----------------------------------------------------------------------------
 
 
 class Target:
     """The server under test, and what may be done to it."""
 
-    def __init__(self, host, port, sender="", recipient=None, sink=None, patience=0, wait=60,
-                 stranger=None):
+    def __init__(self, host, port, sender="", recipient=None, sink=None, patience=0, reply_timeout=None,
+                 delivery_timeout=300, stranger=None, tell=lambda text: None):
         self.host, self.port = host, port
         self.sender = sender        # for MAIL; "" is the null reverse-path
         self.recipient = recipient  # where mail may be sent; None: nowhere
-        self.sink = sink            # the lab's Exchanger that this mail arrives at
+        self.sink = sink            # the Sink that this mail arrives at
         self.patience = patience    # seconds of silence that may be spent
-        self.wait = wait            # seconds for a message to get there
+        self.reply_timeout = reply_timeout          # seconds for any reply; None: those of the RFC
+        self.delivery_timeout = delivery_timeout    # seconds for a message to get to the sink
         self.stranger = stranger    # an address of ours that the server refuses
+        self.tell = tell            # called with a line of progress
         self.sessions = []          # those of the current test
         self.connections = 0
+        self.silences = {}          # waits in vain for the reply to a verb, one after the other
+
+    def wait(self, command=""):
+        """How long to wait for the reply to a command."""
+        return self.reply_timeout or WAITS.get(command[:4].upper(), USUAL_WAIT)
 
     def connect(self, source=None):
         """A session that has been greeted, whatever the greeting; from an address of ours."""
@@ -84,6 +188,20 @@ class Target:
             pytest.exit("more connections than the suite may make", 3)
         self.sessions.append(Session(self, source))
         return self.sessions[-1].greet()
+
+    def socket(self, source=None):
+        """A connection.  A server that listens no more may be under load, and is waited for a little."""
+        deadline = time.monotonic() + (min(RETURN_WAIT, self.wait()) if self.connections > 1 else 0)
+        waiting = Waiting(self, "the server to listen again")
+        while True:
+            try:
+                return socket.create_connection((self.host, self.port), self.wait(), (source, 0) if source else None)
+            except OSError as error:
+                reason = error.strerror or str(error) or "no answer"
+            if time.monotonic() > deadline:
+                raise Unasked(f"cannot connect to {self.host} port {self.port}: {reason}")
+            waiting.tell()
+            time.sleep(0.2)
 
     def session(self, greeting=None):
         """A session that has been welcomed; `greeting` is EHLO, HELO or what there is."""
@@ -107,36 +225,86 @@ class Target:
 
     def needs_sink(self):
         if self.sink is None:
-            not_applicable("where the message arrives cannot be seen: name the other end with SINK")
+            not_applicable("where the message arrives cannot be seen: name the other end with --sink")
 
-    def delivered(self, content):
-        """A message as it arrived at the other end."""
-        message = wait_for(lambda: self.arrived(content), self.wait, "the message at the other end")
-        self.sessions[-1].transcript += ["", "At the other end:", f"MAIL FROM:{message.reverse_path}", *(
-            f"RCPT TO:{path}" for path in message.recipients), *_lines(message.raw)]
+    # Messages at the other end.
+
+    def delivered(self, content, timeout=None):
+        """A message as it arrived.  One that is returned instead is a departure."""
+        def found():
+            return self.arrived(content) or self.returned(content)
+
+        timeout = self.delivery_timeout if timeout is None else timeout
+        waiting = Waiting(self, "the message to arrive")
+        message = wait_for(lambda: found() or waiting.tell(), timeout)
+        if message is None:
+            raise Unasked(f"the message was accepted, and did not arrive within {timeout:g} seconds")
+        self._show(message)
+        if f"<{self.sender}>" in message.recipients and self.sender:
+            fail("the message was accepted, and then returned to its sender")
         return message
 
+    def overtaken(self, content):
+        """The same of a message that another one is sent after: where only that arrives,
+        this one never will.  None then."""
+        began = time.monotonic()
+        self.session().deliver(letter())
+        took = time.monotonic() - began
+        message = wait_for(lambda: self.arrived(content) or self.returned(content),
+                           min(self.delivery_timeout, 5 + 2 * took))
+        if message:
+            self._show(message)
+        return self.arrived(content)
+
     def arrived(self, content):
-        """The same, if it is there already.  A report to the sender, which may quote it, is another message."""
+        """The message, if it is there already.  A report to the sender, which may quote it, is another one."""
+        return self._found(content, lambda message: f"<{self.sender}>" not in message.recipients)
+
+    def returned(self, content):
+        """The report that it could not be delivered, if there is one."""
+        return self._found(content, lambda message: self.sender and f"<{self.sender}>" in message.recipients)
+
+    def _found(self, content, condition):
         token = TOKEN.search(content)[0]
         return next((message for message in reversed(list(self.sink.messages))
-                     if token in message.raw and f"<{self.sender}>" not in message.recipients), None)
+                     if token in message.raw and condition(message)), None)
+
+    def _show(self, message):
+        self.sessions[-1].transcript += ["", "At the other end:", f"MAIL FROM:{readable(message.reverse_path)}", *(
+            f"RCPT TO:{readable(path + more)}" for path, more in zip(message.recipients, message.parameters)),
+            *_lines(message.raw)]
+
+
+class Waiting:
+    """Says early that something takes long, and how long it takes by now."""
+
+    def __init__(self, target, what):
+        self.target, self.what = target, what
+        self.began = time.monotonic()
+        self.next = FIRST_NEWS
+
+    def tell(self):
+        passed = time.monotonic() - self.began
+        if passed >= self.next:
+            self.target.tell(f"waiting for {self.what}, {passed:.0f} s")
+            self.next += NEWS
 
 
 class Session:
     """One connection.  It reads as generously as a client may, so that one fault is
     one test's; what was strictly heard is in `raw`."""
 
-    def __init__(self, target, source=None, timeout=30):
+    def __init__(self, target, source=None):
         self.target = target
         self.transcript = []
         self.raw = b""
         self.greeting = None
+        self.said = ""              # the last command
         self.extended = False       # whether EHLO was accepted
         self.extensions = {}        # keyword: its parameters
-        self._sock = socket.create_connection((target.host, target.port), timeout, (source, 0) if source else None)
+        self._buffer = b""
+        self._sock = target.socket(source)
         self._sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self._stream = self._sock.makefile("rb")
 
     @property
     def address(self):
@@ -147,25 +315,66 @@ class Session:
     # What is said and heard.
 
     def send(self, octets):
+        """Sends octets.  Where the server has closed, what it said before is still to be read."""
         self.transcript += ["C: " + line for line in _lines(octets)]
-        self._sock.sendall(octets)
+        self.said = octets.decode("utf-8", "replace").rstrip("\r\n").rpartition("\n")[2]
+        self._sock.settimeout(self.target.reply_timeout or BLOCK_WAIT)
+        try:
+            self._sock.sendall(octets)
+        except socket.timeout:
+            raise Silent(f"the server took no more octets for {self._sock.gettimeout():g} seconds") from None
+        except OSError:
+            self.transcript.append("C: (finds the connection closed)")
 
-    def reply(self):
+    def line(self, timeout=None):
+        """The next line, as it came; less than a line where the server closes."""
+        timeout = timeout or self.target.wait(self.said)
+        verb, silences = self.said.partition(" ")[0].upper(), self.target.silences
+        what = {"": "the greeting", ".": "the reply to the message"}.get(verb, f"{verb}'s reply")
+        if silences.get(verb, 0) >= SILENCES:
+            raise Unasked(f"{what} is not waited for any more: {SILENCES} times in a row it did not come")
+        waiting = Waiting(self.target, what)
+        while b"\n" not in self._buffer:
+            left = waiting.began + timeout - time.monotonic()
+            if left <= 0:
+                silences[verb] = silences.get(verb, 0) + 1
+                raise Silent(f"waited {timeout:g} seconds for {what} in vain")
+            if self._readable(min(left, 1)):
+                try:
+                    octets = self._sock.recv(65536)
+                except OSError:
+                    octets = b""
+                if not octets:
+                    break
+                self._buffer += octets
+            waiting.tell()
+        line, end, self._buffer = self._buffer.partition(b"\n")
+        silences[verb] = 0
+        return line + end
+
+    def _readable(self, timeout):
+        return bool(select.select([self._sock], [], [], max(timeout, 0))[0])
+
+    def reply(self, command=None):
+        """The next one; `command` is what it answers, where that is not what was said last.  It
+        ends the test where the server says no more, or nothing before a client has authenticated."""
         lines = []
         while not lines or lines[-1][3:4] == "-":
-            try:
-                line = self._stream.readline(65536)
-            except socket.timeout:
-                raise AssertionError(f"no reply within {self._sock.gettimeout()} seconds") from None
-            except ConnectionError:
-                line = b""
+            line = self.line()
             if not line:
                 self.transcript.append("S: (closes)")
-                raise Closed("the server closed the connection")
+                raise Closed("the server closed the connection in place of "
+                             + (f"the reply to {readable(self.said[:70])}" if self.said else "a greeting"))
             self.raw += line
-            lines.append(line.rstrip(b"\r\n").decode("latin-1"))
+            lines.append(line.rstrip(b"\r\n").decode("utf-8", "surrogateescape"))
             self.transcript += ["S: " + line for line in _lines(line)]
-        return Reply("\n".join(lines))
+        reply = Reply("\n".join(lines))
+        reply.command = self.said if command is None else command
+        if reply.code == "421":
+            raise Dismissed(f"the server ends the session: {reply.told}")
+        if reply.code == "530" and reply.command[:4].upper() not in ("AUTH", "EHLO", "HELO", "NOOP", "RSET", "QUIT"):
+            not_applicable(f"the server wants more before that: {reply.told}")     # RFC 3207 4, RFC 4954 6
+        return reply
 
     def say(self, line):
         """Sends a line and returns the reply to it."""
@@ -179,19 +388,24 @@ class Session:
             self.send(b"QUIT\r\n")
             while not replies or replies[-1].code != "221":
                 replies.append(self.reply())
-        except (Closed, ConnectionError):
-            pass
+        except Ended:
+            return replies
         return replies[:-1]
 
-    def closed(self, within=None):
-        """Whether the server says no more and closes."""
-        self._sock.settimeout(within or self._sock.gettimeout())
+    def stays(self, line):
+        """Says a line, and then NOOP: the connection has to be there for both."""
         try:
-            return not self._stream.readline(65536)
-        except socket.timeout:
+            self.say(line)
+            self.say("NOOP")
+        except Closed:
+            fail(f"after {line} the server closes the connection")
+
+    def closed(self, within):
+        """Whether the server says no more and closes."""
+        try:
+            return not self.line(within)
+        except Silent:
             return False
-        except ConnectionError:
-            return True
 
     def close(self):
         """Leaves, and waits until the server has left, too: it never has more of us than a test needs."""
@@ -200,7 +414,6 @@ class Session:
             self._sock.shutdown(socket.SHUT_WR)
             while self._sock.recv(65536):
                 pass
-        self._stream.close()
         self._sock.close()
 
     # The steps of a session.  A step that policy forbids ends the test as not applicable.
@@ -211,7 +424,7 @@ class Session:
 
     def welcomed(self):
         if self.greeting.code != "220":
-            not_applicable(f"the server takes no session: {self.greeting}")
+            not_applicable(f"the server takes no session: {self.greeting.told}")
         return self
 
     def introduce(self, greeting=None, name=NAME):
@@ -223,7 +436,7 @@ class Session:
                 keywords = [line[4:].split() for line in reply.lines[1:]] if self.extended else []
                 self.extensions = {words[0].upper(): words[1:] for words in keywords if words}
                 return
-        not_applicable(f"the server refuses the session: {reply}")
+        not_applicable(f"the server refuses the session: {reply.told}")
 
     def needs(self, keyword):
         """The parameters of an extension."""
@@ -238,35 +451,70 @@ class Session:
     def rcpt(self, path=None):
         return unless_refused(self.say(f"RCPT TO:<{path or self.target.recipient or 'Postmaster'}>"))
 
+    def unlike(self, line, *controls):
+        """The reply to a line.  A refusal of it counts only where another session shows that
+        nothing else is refused: there the controls, which are like it in all but what
+        is tried, are accepted.  Then no policy explains it, whatever its code."""
+        reply = unless_later(self.say(line))
+        if not reply.taken:
+            other = self.target.session()
+            for control in controls:
+                answer = other.say(control)
+                if not answer.taken:
+                    not_applicable(f"the server refuses more than that, as it may: {answer.told}")
+        return reply
+
     def begin(self, sender=None, recipients=(None,), parameters=""):
         """A transaction, as far as its last recipient."""
         for reply in [self.mail(sender, parameters), *(self.rcpt(path) for path in recipients)]:
             if not reply.taken:
-                not_applicable(f"no transaction can be begun: {reply}")
+                not_applicable(f"no transaction can be begun: {reply.told}")
         return self
 
     def data(self, **envelope):
         """A transaction, as far as 354: only where mail may be sent."""
         if self.target.recipient is None:
-            not_applicable("no mail may be sent: name a recipient with TO")
+            not_applicable("no mail may be sent: name a recipient with --to")
         reply = unless_refused(self.begin(**envelope).say("DATA"))
         if reply.code != "354":
-            not_applicable(f"no message is taken: {reply}")
+            not_applicable(f"no message is taken: {reply.told}")
         return self
 
     def transfer(self, content, **envelope):
         """A whole message, dots stuffed; returns the reply to the final dot."""
         self.data(**envelope).send(re.sub(rb"(\A|\r\n)\.", rb"\1..", content) + b".\r\n")
-        return self.reply()
+        return self.reply(".")
+
+    def offer(self, content):
+        """The same of a message with something odd.  A refusal counts only where the server
+        takes a message with nothing odd."""
+        reply = unless_later(self.transfer(content))
+        if not reply.taken:
+            answer = self.target.session().transfer(letter())
+            if not answer.taken:
+                not_applicable(f"the server refuses any message, as it may: {answer.told}")
+        return reply
 
     def deliver(self, content, **envelope):
-        """A message as the lab's Message, as it arrived at the other end."""
+        """A message as it arrived at the other end."""
         self.target.needs_sink()
         reply = self.transfer(content, **envelope)
         if not reply.taken:
-            not_applicable(f"the message is refused: {reply}")
+            not_applicable(f"the message is refused: {reply.told}")
         self.rest()
         return self.target.delivered(content)
+
+
+# ---- What is shown ---------------------------------------------------------------------------
+
+
+def readable(text):
+    """Text, or octets that may be UTF-8, as somebody can read them: what cannot be printed is
+    written as an escape."""
+    if isinstance(text, str):
+        text = text.encode("utf-8", "surrogateescape")
+    text = text.decode("utf-8", "backslashreplace")
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 def _shortened(lines):
@@ -275,10 +523,13 @@ def _shortened(lines):
 
 def _lines(octets):
     """Octets as a transcript shows them."""
-    lines = _shortened(octets.decode("latin-1").removesuffix("\r\n").split("\r\n"))
-    return ["".join(c if " " <= c <= "~" else repr(c)[1:-1] for c in line[:300]) + "..." * (len(line) > 300)
-            for line in lines]
+    lines = octets.split(b"\r\n")
+    lines = _shortened(lines[:-1] if not lines[-1] else lines)
+    lines = (line if isinstance(line, bytes) else line.encode() for line in lines)
+    return [readable(line[:300]) + "..." * (len(line) > 300) for line in lines]
 
+
+# ---- Messages --------------------------------------------------------------------------------
 
 DATE = b"Date: Tue, 24 Nov 2026 06:00:00 +0000"
 FROM = b"From: nour@example.org"
