@@ -388,6 +388,17 @@ static void check_directory(const char *name)
         die("others may write to the spool %s%s: chmod 700 it", settings.spool, name);
 }
 
+/* Writes this process's pid into the lock file, for operators and supervisors.  On a
+ * full disk the server starts without: what is in the queue may still be forwarded. */
+static void write_pid(int lock_fd)
+{
+    char text[32];
+    int n = snprintf(text, sizeof text, "%ld\n", (long)getpid());
+
+    if (ftruncate(lock_fd, 0) != 0 || write(lock_fd, text, (size_t)n) != n)
+        logmsg("cannot write the pid into %s/lock (%s)", settings.spool, strerror(errno));
+}
+
 int spool_take(void)
 {
     struct flock lock = { .l_type = F_WRLCK, .l_whence = SEEK_SET };
@@ -407,7 +418,14 @@ int spool_take(void)
         errno = 0;
         die("another server holds the spool %s: stop it, or name another spool with -q", settings.spool);
     }
+    write_pid(fd);
     return fd;
+}
+
+void spool_release(int lock_fd)
+{
+    if (ftruncate(lock_fd, 0) != 0)
+        logmsg("cannot empty %s/lock (%s)", settings.spool, strerror(errno));
 }
 
 /* Opens a file of the spool; never follows a link, never waits for a FIFO. */
@@ -899,10 +917,12 @@ static bool is_last_record(const struct message *m, enum outcome outcome)
     return !m->part;
 }
 
+/* Removes the message's file.  False: it is not there, or it cannot be removed.  An
+ * operator may have moved it out of the queue, and may move it back. */
 static bool remove_message(struct message *m)
 {
-    m->gone = unlink(spool_path("queue", m->id)) == 0 || errno == ENOENT;
-    if (!m->gone)
+    m->gone = unlink(spool_path("queue", m->id)) == 0;
+    if (!m->gone && errno != ENOENT)
         logmsg("%s is done and cannot be removed (%s)", m->id, strerror(errno));
     return m->gone;
 }

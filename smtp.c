@@ -42,6 +42,7 @@
 enum {
     /* 512 octets (RFC 5321 4.5.3.1.4), and what SIZE and BODY add (RFC 1870 3, RFC 6152 2) */
     COMMAND_LIMIT = 512 + 26 + 17,
+    LOG_LINE = 2048,        /* octets of a line in the log, its end included */
     INPUT_SIZE = 65536,     /* what one read takes */
     OUTPUT_LIMIT = 8192,    /* no further command is answered before so many octets are gone */
     LINE_HEAD = 16,         /* the first octets of a line, which tell what it is */
@@ -75,23 +76,72 @@ struct settings settings = {
 
 /* ==== The log ============================================================ */
 
-static void write_log(const char *prefix, int error, const char *format, va_list arguments)
-{
-    char line[2048];
-    size_t used = (size_t)snprintf(line, sizeof line, "%s", prefix);
-    int n = vsnprintf(line + used, sizeof line - used - 1, format, arguments);
+/* Lines of this process that were dropped since the last one that was written. */
+static struct {
+    pid_t process;          /* which a fork changes: a child counts from 0 */
+    unsigned long count;
+} dropped;
 
-    used += n < 0 ? 0 : (size_t)n;
-    if (used < sizeof line - 1 && error != 0)
-        used += (size_t)snprintf(line + used, sizeof line - used, ": %s", strerror(error));
-    if (used > sizeof line - 1)
-        used = sizeof line - 1;     /* snprintf() returns what it would have written */
+/* Writes a line to stderr unless that would have to wait.  Returns whether it is written.
+ *
+ * O_NONBLOCK would belong to the open file description, and so to all processes that
+ * share it: the shell's next write to the same terminal could fail.  So select() is
+ * asked whether the line would have to wait.  A pipe that can be written to takes
+ * PIPE_BUF octets at once, and no line is longer.  Another child may write between the
+ * two calls; on Linux even that leaves room, since a pipe that can be written to has a
+ * whole page free, and two of the longest lines fit in one. */
+static bool write_line(const char *line, size_t size)
+{
+    return wait_ready(STDERR_FILENO, true, 0) && write(STDERR_FILENO, line, size) == (ssize_t)size;
+}
+
+/* Ends a line of `used` octets, of which not all need have fitted in, and makes it
+ * printable.  Returns its length. */
+static size_t end_line(char line[LOG_LINE], size_t used)
+{
+    long most = fpathconf(STDERR_FILENO, _PC_PIPE_BUF);
+
+    if (most <= 0 || most > LOG_LINE)
+        most = LOG_LINE;
+    if (used > (size_t)most - 1)
+        used = (size_t)most - 1;
     for (size_t i = 0; i < used; i++)
         if (line[i] < ' ' || line[i] > '~')
             line[i] = '?';
     line[used++] = '\n';
-    if (write(STDERR_FILENO, line, used) < 0)
-        return;                     /* nowhere to say it */
+    return used;
+}
+
+/* Writes the line, behind the number of those that were dropped before it; or drops it. */
+static void write_or_drop(const char *line, size_t size)
+{
+    char count[100];
+
+    if (dropped.process != getpid()) {
+        dropped.process = getpid();
+        dropped.count = 0;
+    }
+    if (dropped.count > 0) {
+        int n = snprintf(count, sizeof count, "%lu lines of process %ld were dropped: nobody has read the log\n",
+            dropped.count, (long)dropped.process);
+
+        if (write_line(count, (size_t)n))
+            dropped.count = 0;
+    }
+    if (dropped.count > 0 || !write_line(line, size))
+        dropped.count++;
+}
+
+static void write_log(const char *prefix, int error, const char *format, va_list arguments)
+{
+    char line[LOG_LINE];
+    size_t used = (size_t)snprintf(line, sizeof line, "%s", prefix);
+    int n = vsnprintf(line + used, sizeof line - used, format, arguments);
+
+    used += n < 0 ? 0 : (size_t)n;      /* what it would take: the line may be cut */
+    if (used < sizeof line && error != 0)
+        used += (size_t)snprintf(line + used, sizeof line - used, ": %s", strerror(error));
+    write_or_drop(line, end_line(line, used));
 }
 
 void logmsg(const char *format, ...)
@@ -111,7 +161,7 @@ void die(const char *format, ...)
     va_start(arguments, format);
     write_log("smtp: ", error, format, arguments);
     va_end(arguments);
-    _exit(1);       /* a child must not flush what its parent had in its buffers */
+    _exit(1);       /* not exit(): a child must not flush what fork() copied of stdio's buffers */
 }
 
 /* ==== Lines ============================================================== */
@@ -161,6 +211,8 @@ struct buffer {
 struct transaction {
     struct draft draft;
     uint32_t lane;          /* the first recipient's */
+    char from[PATH_LIMIT];  /* the sender's mailbox */
+    char to[PATH_LIMIT];    /* the mailbox in the last RCPT, or "" where it has none */
     unsigned recipients;
     unsigned received;      /* Received: lines in the header */
     bool in_header;
@@ -292,6 +344,21 @@ static void log_dialogue(const struct session *s, const char *who, const char *t
         logmsg("%s:%u %s: %.*s", address, s->port, who, (int)strcspn(text, "\r\n"), text);
 }
 
+/* Logs a refusal, with what is known of the message. */
+static void log_refusal(const struct session *s, const char *text)
+{
+    const struct transaction *tx = s->tx;
+    char address[ADDRESS_TEXT], from[PATH_LIMIT + 8] = "", to[PATH_LIMIT + 8] = "", count[32] = "";
+
+    if (tx != NULL)
+        snprintf(from, sizeof from, " from=<%s>", tx->from);
+    if (tx != NULL && tx->to[0] != '\0')
+        snprintf(to, sizeof to, " to=<%s>", tx->to);
+    if (tx != NULL && s->phase >= DATA)     /* of all of them: `to` is but the last */
+        snprintf(count, sizeof count, " recipients=%u", tx->recipients);
+    logmsg("%s:%u refused: %s%s%s%s", address_text(&s->peer, address), s->port, text, from, to, count);
+}
+
 /* Sends as much as the client takes now.  Who has hung up while a message of his is
  * being stored stays until its child has replied: the table counts for both. */
 static void flush(struct session *s)
@@ -322,7 +389,7 @@ static void reply(struct session *s, const char *format, ...)
     if (settings.verbose)
         log_dialogue(s, "S", text);
     else if (text[0] >= '4')
-        log_dialogue(s, "refused", text);
+        log_refusal(s, text);
     s->errors += text[0] == '5';
     if (!buffer_add(&s->out, text, strlen(text)) || !buffer_add(&s->out, "\r\n", 2))
         s->phase = GONE;
@@ -892,6 +959,17 @@ static const char *read_mail_parameters(const char *p, bool *eight_bit)
     return NULL;
 }
 
+/* Begins a transaction, which has no draft yet.  Returns the reply if it cannot, or NULL. */
+static const char *begin_transaction(struct session *s, const char *from)
+{
+    s->tx = calloc(1, sizeof *s->tx);
+    if (s->tx == NULL)
+        return draft_refusal(ENOMEM);
+    s->tx->draft.fd = -1;
+    strcpy(s->tx->from, from);
+    return NULL;
+}
+
 static void do_mail(struct session *s, const char *argument)
 {
     char mailbox[PATH_LIMIT] = "";
@@ -904,17 +982,16 @@ static void do_mail(struct session *s, const char *argument)
     }
     if (path != NULL)
         rest = strncmp(path, "<>", 2) == 0 ? path + 2 : take_path(path, mailbox, &fault);
-    if (rest != NULL)
-        fault = read_mail_parameters(rest, &eight_bit);
+    if (rest != NULL) {
+        fault = begin_transaction(s, mailbox);
+        if (fault == NULL)
+            fault = read_mail_parameters(rest, &eight_bit);
+        if (fault == NULL && !draft_open(&s->tx->draft, s->port))
+            fault = draft_refusal(s->tx->draft.error);
+    }
     if (fault != NULL) {
         reply(s, "%s", fault);
-        return;
-    }
-    s->tx = calloc(1, sizeof *s->tx);
-    if (s->tx == NULL || !draft_open(&s->tx->draft, s->port)) {
-        reply(s, "%s", draft_refusal(s->tx == NULL ? ENOMEM : s->tx->draft.error));
-        free(s->tx);
-        s->tx = NULL;
+        reset(s);
         return;
     }
     if (note(s, "%s %s\r\nMAIL FROM:<%s>%s\r\n", s->extended ? "EHLO" : "HELO", s->helo, mailbox,
@@ -937,8 +1014,11 @@ static void do_rcpt(struct session *s, const char *argument)
     } else if (path != NULL) {
         rest = take_path(path, mailbox, &fault);
     }
-    if (rest != NULL)
+    s->tx->to[0] = '\0';
+    if (rest != NULL) {
+        strcpy(s->tx->to, mailbox);
         domain = strrchr(mailbox, '@') + 1;
+    }
     if (rest == NULL || (*rest != '\0' && *rest != ' ')) {
         reply(s, "%s", fault);
     } else if (*rest != '\0') {
@@ -1149,6 +1229,17 @@ static void inspect(struct transaction *tx, const char *text, const struct line 
     tx->in_line = line->used == 0;
 }
 
+/* Logs that a message was accepted.  The child does so that stores it, before it offers
+ * or forwards it: the line then stands before those of the outcomes. */
+static void log_accepted(const struct session *s)
+{
+    const struct transaction *tx = s->tx;
+    char address[ADDRESS_TEXT];
+
+    logmsg("%s client=%s:%u helo=%s from=<%s> size=%llu recipients=%u", tx->draft.id,
+        address_text(&s->peer, address), s->port, s->helo, tx->from, tx->size, tx->recipients);
+}
+
 /* What the child for a message does: it stores it, and says so to the client's
  * server.  If it has a slot, it goes on alone. */
 static void take_over(struct session *s, int answer, bool slot)
@@ -1159,6 +1250,8 @@ static void take_over(struct session *s, int answer, bool slot)
     forget_server();
     stored = draft_store(d, answer);
     close(answer);
+    if (stored)
+        log_accepted(s);
     if (stored && slot) {
         forget_clients(s);
         close(due_pipe[1]);
@@ -1287,12 +1380,12 @@ static size_t take_message(struct session *s, const char *bytes, size_t size)
  * the line is empty. */
 static void take_result(struct session *s, const char *line)
 {
+    reply(s, "%s", line[0] != '\0' ? line : draft_refusal(EIO));
     reset(s);
     if (line[0] == '2')
         renew(s);
     else
         extend_deadline(s);
-    reply(s, "%s", line[0] != '\0' ? line : draft_refusal(EIO));
 }
 
 /* ==== The loop =========================================================== */
@@ -1664,8 +1757,11 @@ static void reap(void)
         stop();
     store_messages();
     reap_sessions();
-    if (session_count == 0 && (divided || (got_term && find_child(SERVES) < 0)))
+    if (session_count == 0 && (divided || (got_term && find_child(SERVES) < 0))) {
+        if (!divided)
+            spool_release(spool_lock);
         _exit(0);
+    }
     if (divided || got_term)
         return;
     if (find_child(FINDS) < 0 && clock_ms() >= runner_from)
@@ -2222,10 +2318,10 @@ int main(int argc, char **argv)
     spool_enter(root ? user->pw_uid : geteuid(), root ? user->pw_gid : getegid());
     if (root)
         drop_root(user);
+    open = catch_signals();
     spool_lock = spool_take();
     size_table();
     open_pipe(due_pipe);
-    open = catch_signals();
     warn_if_open();
     log_listening();
     run(&open);

@@ -107,8 +107,10 @@ extern struct settings settings;
 
 /* ---- smtp.c: the log and the line reader ------------------------------- */
 
-/* Writes one line to stderr, as one write(), cut at 2,047 octets; control and
- * 8-bit characters become '?', so nobody outside can forge a line. */
+/* Writes one line to stderr, in one write(), and never waits: a line that would have to
+ * is dropped, and the next one that is written comes behind the number of those that
+ * were.  A line is cut at 2,047 octets, or at what a pipe takes at once where that is
+ * less.  Control and 8-bit characters become '?', so that no client can forge a line. */
 void logmsg(const char *format, ...);
 
 /* Logs like logmsg(), with errno's text behind it where errno is not 0, and exits with
@@ -151,10 +153,13 @@ struct draft {
  * for `owner`, and goes into it.  Dies with the reason. */
 void spool_enter(uid_t owner, gid_t group);
 
-/* Checks that the spool is ours alone, makes tmp/ and queue/, takes the lock
- * that keeps a second server out.  Returns the lock's descriptor, which has to
- * stay open.  Dies with the reason. */
+/* Checks that the spool is ours alone, makes tmp/ and queue/, takes the lock that keeps
+ * a second server out, and writes this process's pid into the lock file.  Returns the
+ * file's descriptor, which has to stay open.  Dies with the reason. */
 int spool_take(void);
+
+/* Empties the lock file: the server ends, and its pid may become another process's. */
+void spool_release(int lock_fd);
 
 /* Opens an empty draft, named after the clock and the client's `port`.  False,
  * and d->error says why, when there is no room or no descriptor. */

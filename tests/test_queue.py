@@ -347,6 +347,49 @@ def test_removed_message_is_tried_no_more(house):
     assert len(world.net.connections) == 1
 
 
+# ---- The queue by file commands --------------------------------------------------------------------
+
+
+def test_touched_message_is_tried(house):
+    """At the next look through the queue, without a signal."""
+    world = house("-r", "1")
+    path = put(world.relay, "b@example.net", due=time.time() + 200)
+    sentinel = put(world.relay, "b@nowhere.invalid")
+    wait_for(lambda: not sentinel.exists(), what="a look through the queue")
+    assert world.relay.queue() == [path]
+    subprocess.run(["touch", "-t", "202001010000", path], check=True)
+    world.net.wait_for_messages(1)
+    wait_until_empty(world.relay)
+
+
+def test_message_that_is_moved_away_is_held(house):
+    world = house("-r", "1")
+    path = put(world.relay, "b@example.net", due=time.time() + 200)
+    held = world.relay.spool / "held"
+    held.mkdir()
+    subprocess.run(["mv", path, held], check=True)
+    os.utime(held / path.name, (LONG_AGO, LONG_AGO))
+    look_through(world.relay)
+    assert world.net.connections == []
+    subprocess.run(["mv", held / path.name, path], check=True)
+    world.net.wait_for_messages(1)
+    wait_until_empty(world.relay)
+
+
+def test_message_that_is_moved_away_while_it_is_tried_is_not_sent_again(house):
+    world = house("-r", "1")
+    reply = Withheld()
+    world.net.set(replies={".": reply})
+    world.relay.send("b@example.net", sender="")
+    path, = world.relay.queue()
+    held = path.rename(world.relay.spool / "held")
+    reply.give()
+    assert world.relay.outcomes("b@example.net")[0].status == "sent"
+    held.rename(path)
+    hangup_until_empty(world.relay)
+    assert received_by(world.net) == {"<b@example.net>": 1}
+
+
 # ---- Who is killed ---------------------------------------------------------------------------------
 
 
@@ -606,6 +649,52 @@ def test_memory_does_not_grow_with_the_queue(house):
     after = [memory(pid) for pid in (world.relay.pid, runner)]
     assert all(now - then < 400 * 1024 for then, now in zip(before, after)), f"{before} {after}"
     assert runner in children(world.relay.pid)
+
+
+# ---- The log --------------------------------------------------------------------------------------------
+
+
+def test_accepted_message_has_a_line(house):
+    """Before those of its outcomes, since the child that stores it writes both."""
+    world = house()
+    body = "Subject: x\n\nDear Nour\n..\n"
+    with world.relay.client() as client:
+        reply = client.deliver("nour@example.org", ["a@example.net", "b@example.net"], body)
+        id, port = reply.rpartition(" ")[2], client.local_port
+    world.relay.outcomes("b@example.net")
+    lines = [line for line in world.relay.log if line.startswith(id)]
+    size = len(body.replace("\n", "\r\n"))
+    assert lines[0] == f"{id} client=127.0.0.1:{port} helo=me.com from=<nour@example.org> size={size} recipients=2"
+
+
+def test_accepted_message_is_logged_where_another_forwards_it(house):
+    world = house("-j", "1")
+    ids = [world.relay.send(f"b{n}@example.net", sender="") for n in range(3)]
+    for id in ids:
+        world.relay.wait_for_log(rf"^{id} client=127\.0\.0\.1:\d+ helo=me\.com from=<> size=25 recipients=1$")
+    wait_until_empty(world.relay)
+
+
+def test_refusal_names_sender_and_recipient_where_they_are_known(house):
+    world = house("-d", "example.net", "-m", "100")
+    with world.relay.client() as client:
+        def refused(line, code, known):
+            assert client.say(line).startswith(code)
+            world.relay.wait_for_log(rf"^127\.0\.0\.1:{client.local_port} refused: {code} [^=]*{known}$")
+
+        client.say("HELO me.com")
+        refused("FOO", "500", "")
+        refused("MAIL FROM:<nour@example.org", "501", "")
+        refused("MAIL FROM:<nour@example.org> SIZE=101", "552", " from=<nour@example.org>")
+        refused("RCPT TO:<b@example.net>", "503", "")
+        client.say("MAIL FROM:<nour@example.org>")
+        refused("RCPT TO:<b@example.com>", "550", " from=<nour@example.org> to=<b@example.com>")
+        refused("RCPT TO:<b@example.com", "501", " from=<nour@example.org>")
+        client.say("RCPT TO:<a@example.net>")
+        client.say("RCPT TO:<b@example.net>")
+        client.say("DATA")
+        refused("x" * 100 + "\r\n.", "552", " from=<nour@example.org> to=<b@example.net> recipients=2")
+        refused("BAR", "500", "")
 
 
 # ---- smtp -l --------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ import json
 import os
 import plistlib
 import re
+import select
 import shutil
 import signal
 import socket
@@ -144,13 +145,13 @@ def test_rc_script_and_logger(syslog, spool, dns, tmp_path):
     """As much of FreeBSD's rc.subr as the script's own start needs, and the real logger.
     The pid in the file is the server's; logger ends by itself when nobody is left to log."""
     arguments = re.search(r"\| logger (.*)$", GUIDE, re.MULTILINE)[1]
-    pids, logger = [tmp_path / "server.pid", tmp_path / "logger.pid"], tmp_path / "logger"
+    pids, logger = [spool / "lock", tmp_path / "logger.pid"], tmp_path / "logger"
     logger.write_text(f'#!/bin/sh\n[ "$*" = "{arguments}" ] || exit\necho $$ >{pids[1]}\n'
                       f'exec {program("logger")} --socket {syslog.getsockname()} "$@"\n')
     logger.chmod(0o700)
     (tmp_path / "rc.subr").write_text(RC_SUBR)
     script = replaced((RUNNING / "smtp.freebsd").read_text(), ("/etc/rc.subr", tmp_path / "rc.subr"),
-                      (INSTALLED, BINARY), ("/var/run/smtp.pid", pids[0]))
+                      (INSTALLED, BINARY), ("/var/spool/smtp/lock", pids[0]))
     subprocess.run(["sh", "-c", script, "smtp", "start"], check=True, stdout=subprocess.DEVNULL,
                    env={**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}",
                         "smtp_flags": f"-p 0 -q {spool} -h {HOSTNAME} -n {dns.address} 127.0.0.1"})
@@ -367,25 +368,37 @@ def test_container_relays(network, image, dns, exchangers, relay, tmp_path):
 # ---- The log ------------------------------------------------------------------------------------
 
 
-def test_log_that_nobody_reads_stops_it_and_loses_nothing(start, spool, dns):
-    reader, writer = os.pipe()
-    start(BINARY, "-v", "-p", 0, "-q", spool, "-h", HOSTNAME, "-n", dns.address, "127.0.0.1", stderr=writer)
-    os.close(writer)
-    log, count = b"", 5000
-
-    def unread():
-        return int.from_bytes(fcntl.ioctl(reader, termios.FIONREAD, bytes(4)), sys.byteorder)
-
+@pytest.mark.parametrize("channel", [os.pipe, socket.socketpair], ids=["pipe", "socket"])
+def test_log_that_nobody_reads_stops_nothing(start, spool, dns, exchangers, channel):
+    """Its lines are dropped and counted, and mail is forwarded meanwhile."""
+    reader, writer = [end if isinstance(end, int) else end.detach() for end in channel()]
+    exchanger, = exchangers(1)
+    dns.mail("example.net", (10, exchanger))
+    start(BINARY, "-v", "-c", 0, "-p", 0, "-q", spool, "-h", HOSTNAME, "-n", dns.address, "-P", exchanger.port,
+          "127.0.0.1", stderr=writer)
+    log, clients = b"", 4000 if channel is socket.socketpair else 1500
     while not listening_port(log.decode()):
         log += os.read(reader, 65536)
-    with Client(listening_port(log.decode())) as client:
-        client.send(b"NOOP\r\n" * count)
-        wait_for(lambda: unread() > fcntl.fcntl(reader, F_GETPIPE_SZ) - 4096, what="a full pipe")
-        while log.count(b" C: NOOP\n") < count:
-            log += os.read(reader, 65536)
-        assert {client.reply() for _ in range(count)} == {"250 2.0.0 Ok"}
-        os.close(reader)
-        assert client.say("NOOP") == "250 2.0.0 Ok"     # a reader that has gone is nobody's wait
+    port = listening_port(log.decode())
+    for _ in range(clients):
+        with Client(port) as client:
+            assert client.greeting.startswith("220 ")
+    with Client(port) as client:
+        assert client.deliver("", ["b@example.net"], LETTER % 1).startswith("250 ")
+    exchanger.wait_for_messages(1)
+    assert not fcntl.fcntl(writer, fcntl.F_GETFL) & os.O_NONBLOCK   # which others share, such as a shell
+    os.close(writer)
+    while not re.search(rb"C: NOOP\n", log):        # the first line that there is room for again
+        if not select.select([reader], [], [], 0)[0]:
+            with Client(port) as client:
+                client.say("NOOP")
+        log += os.read(reader, 65536)
+    greetings, dropped = log.count(b" S: 220 "), re.findall(rb"^(\d+) lines of process (\d+) were dropped: ", log, re.M)
+    assert clients - int(dropped[0][0]) <= greetings < clients
+    assert {int(pid) for _, pid in dropped} == {int((spool / "lock").read_text())}
+    os.close(reader)
+    with Client(port) as client:
+        assert client.say("NOOP") == "250 2.0.0 Ok"     # nor does a reader that has gone
 
 
 def test_log_file_can_be_copied_and_truncated(start, spool, dns, tmp_path):

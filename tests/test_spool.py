@@ -607,6 +607,34 @@ def test_second_server_is_refused(relay):
     server.start()
 
 
+def test_lock_file_holds_the_server_s_pid(waiting):
+    server, lock = waiting.relay, waiting.relay.spool / "lock"
+    assert lock.read_text() == f"{server.pid}\n"
+    server.send("b@example.net", sender="")             # a forwarder changes nothing
+    assert lock.read_text() == f"{server.pid}\n"
+    server.terminate()
+    assert lock.read_text() == ""                       # a pid that may be another process's soon
+    lock.write_text("12345678901234567890\n")
+    server.start()
+    assert lock.read_text() == f"{server.pid}\n"
+
+
+def test_lock_file_holds_the_server_s_pid_after_its_table_was_divided(relay, wrapped):
+    server = relay("-c", 0, binary=wrapped("ulimit -n 64"))
+    for _ in range(40):
+        server.client()
+    divided = int(server.wait_for_log(r"table full: process (\d+) serves")[1])
+    server.hang_up()
+    wait_for(lambda: not Path(f"/proc/{divided}").exists(), what="the end of the divided process")
+    assert (server.spool / "lock").read_text() == f"{server.pid}\n"
+
+
+def test_server_starts_where_its_pid_cannot_be_written(relay, wrapped):
+    server = relay(binary=wrapped("ulimit -f 0"))
+    assert server.logged(rf"^cannot write the pid into {server.spool}/lock \(")
+    assert (server.spool / "lock").read_text() == ""
+
+
 @pytest.mark.parametrize("mode", [0o770, 0o707, 0o777, 0o1777])
 def test_spool_that_others_may_write_to_is_refused(relay, mode):
     server = relay()
