@@ -5,6 +5,7 @@ import itertools
 import os
 import re
 import signal
+import subprocess
 import threading
 import time
 from collections import Counter
