@@ -109,6 +109,15 @@ class Group:
         """The processes that run in it now."""
         return [int(pid) for pid in (self.directory / "cgroup.procs").read_text().split()]
 
+    @classmethod
+    def exist(cls):
+        """Whether there are any here."""
+        group = cls()
+        try:
+            return group.directory is not None
+        finally:
+            group.remove()
+
     def cpu(self):
         """Seconds of processor time, or None."""
         if self.directory is None:

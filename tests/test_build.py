@@ -129,9 +129,13 @@ def test_a_static_program_in_an_empty_directory(world, tmp_path):
 def usage_options():
     """{"-p": "port", "-v": "", ...}"""
     text = run("-h").stderr
-    options = dict(re.findall(r"^  (-\w) (\S*)", text, re.MULTILINE))
+    options = {"-l": ""}
     assert "smtp -l" in text
-    return {**options, "-l": ""}
+    # Options that take the same value may share a line: -r, -e time.
+    for names, value in re.findall(r"(?<!\S)\(?((?:-\w, )*-\w)\b(?: (\S*))?", text.partition("serving")[2]):
+        for name in names.split(", "):
+            options.setdefault(name, value)
+    return options
 
 
 def readme_options():

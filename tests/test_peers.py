@@ -35,7 +35,8 @@ def test_relays_to_the_next_hop_and_tries_again_when_told(start_peer, exchangers
     # What it is told while it still writes down the first try is in vain.
     lab.wait_for(lambda: exchanger.messages or (exchanger.connections and not peer.flush()), what="it arriving")
     arrived(exchanger)
-    assert peer.cpu() > 0
+    # Without a control group, hundredths of a second are counted.
+    assert peer.cpu() > 0 or not peers.Group.exist()
 
 
 @pytest.mark.parametrize("name", RELAYS)
