@@ -265,6 +265,13 @@ int socket_open(const union address *to, int type)
     return fd;
 }
 
+void watch_fd(int fd, fd_set *set, int *top)
+{
+    FD_SET(fd, set);
+    if (fd > *top)
+        *top = fd;
+}
+
 void wait_sets(int top, fd_set *readable, fd_set *writable, int64_t deadline)
 {
     int64_t left = deadline > clock_ms() ? deadline - clock_ms() : 0;

@@ -89,13 +89,11 @@ enum {
     DOMAINS_AT_ONCE = 10,
     REPLY_LINES = 100,
     KEPT = 200,                 /* ms that a connection waits for another message to its exchanger */
-    BATCH = 100,                /* messages that one process tries, one after the other ... */
-    BATCH_TIME = 1000,          /* ... and ms after which it begins no other */
-    BATCH_GAP = 250,            /* ms between two batches that begin in one lane, so that they are worth it ... */
-    BATCH_WORTH = 25,           /* ... unless so many wait */
-    SLOW = 100,                 /* ms that a message takes on its way to a slow place ... */
-    SLOW_BATCH = 4,             /* ... for which a batch is so small, that there may be several */
-    WAITING_LIMIT = 4096,       /* ids that the runner knows at once */
+    BATCH_LIMIT = 100,          /* messages that a batch takes at most */
+    BATCH_TIME = 1000,          /* ms after which a batch begins no further message */
+    PATIENCE = 2,               /* batches in a row that may find no room before their mail has to back off */
+    PIPE_MAY_BE_FULL = 4096,    /* octets read from the due pipe at once, from which on it may have been full */
+    LISTED_LIMIT = 4096,        /* due messages that the queue manager knows at once */
     HEADER_LIMIT = 32768        /* octets of the original's header in a report */
 };
 
@@ -1019,6 +1017,8 @@ struct exchange {
     char label[LABEL_SIZE];             /* name[address], or name[address]/tls, for log and record */
     enum progress progress;
     bool refused;                       /* it greeted with a 5xx */
+    bool no_room;                       /* it takes no further connection just now: 421, or a 4xx greeting */
+    int error;                          /* errno of a connect() that failed, else 0 */
     int fd;
     int64_t deadline;                   /* of the step it is in */
     int64_t begun, connected, greeted;  /* microseconds; 0: not yet */
@@ -1546,6 +1546,7 @@ long try_limit(void)
 
 long fresh_slots(void)
 {
+    /* With fewer than four, one silent exchanger could hold all that are left for the queue. */
     return settings.forwarders < 4 ? 0 : settings.forwarders / 2;
 }
 
@@ -2210,7 +2211,8 @@ static void spend(struct exchange *x)
 static void start_connecting(struct exchange *x)
 {
     x->connected = x->greeted = 0;
-    x->ready = x->refused = false;
+    x->ready = x->refused = x->no_room = false;
+    x->error = 0;
     x->messages = 0;
     x->size = x->lines = 0;
     x->closing = false;
@@ -2220,6 +2222,7 @@ static void start_connecting(struct exchange *x)
     x->progress = CONNECTING;
     x->fd = socket_open(&x->address, SOCK_STREAM);
     if (x->fd < 0 || (connect(x->fd, &x->address.sa, address_size(&x->address)) != 0 && errno != EINPROGRESS)) {
+        x->error = errno;
         snprintf(x->words, sizeof x->words, "4.4.1 %s", strerror(errno));
         spend(x);
     }
@@ -2233,6 +2236,7 @@ static void finish_connecting(struct exchange *x)
 
     getsockopt(x->fd, SOL_SOCKET, SO_ERROR, &error, &size);
     if (error != 0) {
+        x->error = error;
         snprintf(x->words, sizeof x->words, "4.4.1 %s", strerror(error));
         spend(x);
         return;
@@ -2259,10 +2263,12 @@ static void take_greeting(struct exchange *x)
     }
     if (reading == PARTIAL && open)
         return;
-    if (reading == COMPLETE)
+    if (reading == COMPLETE) {
         x->refused = judge(x, x->code) == FAILED;
-    else
+        x->no_room = judge(x, x->code) == LATER;
+    } else {
         lose(x, open ? "no SMTP reply" : "connection lost", GREETING);
+    }
     spend(x);
 }
 
@@ -2377,12 +2383,22 @@ static bool any_owed(struct recipient **to, size_t count)
     return false;
 }
 
-/* What one message of a batch leaves to the next. */
+/* What one message of a batch leaves to the next, and what each needs to know of the
+ * batch.  A message that is forwarded by the child that stored it is a batch of one. */
 struct batch {
-    bool more;              /* there are others: the connection may serve them, too */
-    struct route *route;    /* with the connection to the best exchanger that answers, left open; or NULL */
-    char dead[PATH_LIMIT];  /* a domain that nobody could be reached for, or "" */
-    char relay[LABEL_SIZE], words[REPLY_SIZE];    /* ... and what was said of that */
+    bool more;              /* another message follows: an open connection is worth keeping */
+    bool patient;           /* a message whose exchanger has no room is given back instead of recorded */
+    bool company;           /* we have other connections to this lane: a refused connect() means no room, too */
+    struct route *route;    /* the last message's route, its connection still open; NULL if there is none */
+    char dead[PATH_LIMIT];  /* the domain for which nobody was reached, "*" for the smarthost, "" for none ... */
+    char relay[LABEL_SIZE], words[REPLY_SIZE];    /* ... and what the record says of that */
+};
+
+/* How far one try came with a domain. */
+enum reach {
+    REACHED,    /* an exchanger answered, or there is none and never will be */
+    NO_ROOM,    /* an exchanger has no room for another connection of ours just now */
+    UNREACHED   /* no exchanger answered, or the name servers did not */
 };
 
 static void drop_kept(struct batch *b)
@@ -2393,9 +2409,9 @@ static void drop_kept(struct batch *b)
     b->route = NULL;
 }
 
-/* Keeps the way that a message has taken, if its connection is open and no better
- * exchanger has been reached: what that one refused may have been this message alone. */
-static void keep(struct batch *b, struct route *route)
+/* Keeps a message's route for the next, if its connection is open and leads to the
+ * best exchanger that answers: a better one may have refused this message alone. */
+static void keep_route(struct batch *b, struct route *route)
 {
     bool best = route->open != NULL;
 
@@ -2406,13 +2422,14 @@ static void keep(struct batch *b, struct route *route)
         drop_kept(b);
 }
 
-/* The way to this domain that was kept, if it still goes.  Whatever happened to
- * the message before, the other exchangers on it have another chance. */
+/* Returns the kept route, now the caller's, if it leads to this domain and its
+ * connection still works; else drops it and returns NULL.  The other exchangers on
+ * the route have another chance with this message. */
 static struct route *take_kept(struct batch *b, const char *domain, const char *id)
 {
     struct route *route = b->route;
 
-    /* Who says something by now does not know what was asked, or is about to hang up. */
+    /* An exchanger that speaks now is out of step, or about to hang up. */
     if (route == NULL || clock_ms() > route->open->deadline || wait_exchange(route->open, false, 0)
         || (settings.smarthost == NULL && strcasecmp(route->domain, domain) != 0)) {
         drop_kept(b);
@@ -2431,14 +2448,15 @@ static struct route *take_kept(struct batch *b, const char *domain, const char *
     return route;
 }
 
-/* Nobody could be reached for this domain: the rest of the batch hears the same. */
-static void note_dead(struct batch *b, const char *domain, const struct recipient *r)
+/* Remembers that nobody was reached for this domain: the rest of the batch is
+ * settled with the same words, without a try. */
+static void note_dead(struct batch *b, const char *domain, const char *said)
 {
-    size_t relay = strcspn(r->said, " ");
+    size_t relay = strcspn(said, " ");
 
     snprintf(b->dead, sizeof b->dead, "%s", settings.smarthost != NULL ? "*" : domain);
-    snprintf(b->relay, sizeof b->relay, "%.*s", (int)relay, r->said);
-    snprintf(b->words, sizeof b->words, "%s", r->said + relay + 1);
+    snprintf(b->relay, sizeof b->relay, "%.*s", (int)relay, said);
+    snprintf(b->words, sizeof b->words, "%s", said + relay + 1);
 }
 
 static bool is_dead(const struct batch *b, const char *domain)
@@ -2446,9 +2464,11 @@ static bool is_dead(const struct batch *b, const char *domain)
     return b->dead[0] != '\0' && (settings.smarthost != NULL || strcasecmp(b->dead, domain) == 0);
 }
 
-/* The whole dialogue with an exchanger that has greeted us.  It is left open where
- * more messages are to come.  Who ends one that others have used, before he has taken
- * anything, may have had enough of that one: he is asked again over another. */
+/* The whole dialogue with an exchanger that has greeted us.  The connection stays
+ * open if another message follows.  If the exchanger closes a reused connection
+ * before accepting any recipient, it is tried once more on a new one: it may only
+ * limit the messages of a connection.  If it closes a new one with 421, it has no
+ * room for us (RFC 5321 3.8). */
 static void talk(struct batch *b, struct exchange *x, struct message *m, struct recipient **to, size_t count)
 {
     bool was_bare = x->bare;
@@ -2471,6 +2491,7 @@ static void talk(struct batch *b, struct exchange *x, struct message *m, struct 
         return;
     }
     ended = (!alive || x->closing) && !x->accepting;
+    x->no_room = x->closing && ended && !used;
     if (alive)
         say(x, QUIT, "QUIT\r\n");
     spend(x);
@@ -2492,30 +2513,26 @@ static void blame_last(const struct route *route, unsigned preference, struct re
             settle(to[i], LATER, last->label, last->words);
 }
 
-/* Tries to bring the message to these recipients, who share a domain.  Returns
- * false if that failed for want of anybody who answers. */
-static bool deliver(struct batch *b, struct message *m, struct recipient **to, size_t count)
+/* What a try came to, `reached` whether any exchanger has greeted us in it. */
+static enum reach judge_try(const struct batch *b, const struct route *route, struct recipient **to, size_t count,
+    bool reached)
 {
-    const char *domain = domain_of(to[0]->address);
-    struct route *route;
+    if (!any_owed(to, count))
+        return REACHED;
+    for (const struct exchange *x = route->x; x < route->x + route->count; x++)
+        if (x->no_room || (x->error == ECONNREFUSED && b->company))
+            return NO_ROOM;
+    return reached ? REACHED : UNREACHED;
+}
+
+/* Tries the exchangers of a route, best preference first, until no recipient is
+ * owed the message any more (RFC 5321 5.1). */
+static enum reach try_exchangers(struct batch *b, struct route *route, struct message *m, struct recipient **to,
+    size_t count)
+{
     bool reached = false, refused = true;
     size_t i = 0;
 
-    if (is_dead(b, domain)) {
-        settle_all(to, count, LATER, b->relay, b->words);
-        return false;
-    }
-    route = take_kept(b, domain, m->id);
-    if (route == NULL) {
-        route = allocate(NULL, sizeof *route);
-        find_route(route, domain);
-    }
-    if (route->outcome != SENT)
-        settle_all(to, count, route->outcome, "-", route->words);
-    for (size_t k = 0; k < route->count; k++)
-        route->x[k].id = m->id;
-    if (route->count > 0)
-        survey(m);
     while (i < route->count && any_owed(to, count)) {
         unsigned preference = route->x[i].preference;
         struct exchange *x = route->open != NULL ? route->open : race(route, preference);
@@ -2530,14 +2547,41 @@ static bool deliver(struct batch *b, struct message *m, struct recipient **to, s
         for (; i < route->count && route->x[i].preference == preference; i++)
             refused = refused && route->x[i].refused;
     }
-    for (size_t k = 0; k < count; k++)      /* a 5xx greeting from all: RFC 5321 3.1, nobody there takes mail */
-        if (to[k]->outcome == LATER && route->count > 0 && route->whole && refused)
+    for (size_t k = 0; k < count; k++)      /* a 5xx greeting from all: no mail is taken there (RFC 5321 3.1) */
+        if (to[k]->outcome == LATER && route->whole && refused)
             to[k]->outcome = FAILED;
-    reached = reached || route->outcome == FAILED || (route->count > 0 && refused);
-    if (!reached)
-        note_dead(b, domain, to[0]);
-    keep(b, route);
-    return reached;
+    return judge_try(b, route, to, count, reached);
+}
+
+/* Tries to bring the message to these recipients, which share a domain. */
+static enum reach deliver(struct batch *b, struct message *m, struct recipient **to, size_t count)
+{
+    const char *domain = domain_of(to[0]->address);
+    struct route *route;
+    enum reach reach;
+
+    if (is_dead(b, domain)) {
+        settle_all(to, count, LATER, b->relay, b->words);
+        return UNREACHED;
+    }
+    route = take_kept(b, domain, m->id);
+    if (route == NULL) {
+        route = allocate(NULL, sizeof *route);
+        find_route(route, domain);
+    }
+    for (size_t k = 0; k < route->count; k++)
+        route->x[k].id = m->id;
+    if (route->outcome == SENT) {
+        survey(m);
+        reach = try_exchangers(b, route, m, to, count);
+    } else {
+        settle_all(to, count, route->outcome, "-", route->words);
+        reach = route->outcome == FAILED ? REACHED : UNREACHED;
+    }
+    if (reach == UNREACHED || (reach == NO_ROOM && !b->patient))
+        note_dead(b, domain, to[0]->said);
+    keep_route(b, route);
+    return reach;
 }
 
 /* Who has waited as long as mail may wait has waited in vain. */
@@ -2852,11 +2896,31 @@ static void conclude(struct message *m, struct draft *report)
         remove_message(m);
 }
 
-/* One try of one message, which is locked. */
-static void try_message(struct batch *b, struct message *m, struct draft *report)
+/* May the message be given back, untried as far as its record goes?  Only if no
+ * recipient's outcome is final. */
+static bool may_give_back(const struct message *m)
+{
+    for (size_t i = 0; i < m->count; i++)
+        if (m->recipients[i].unrecorded && m->recipients[i].outcome != LATER)
+            return false;
+    return !m->gone;
+}
+
+/* Leaves the message in the queue, due now. */
+static void give_back(struct message *m)
+{
+    logmsg("%s finds no room for another connection (%s): tried again soon", m->id, m->recipients[0].said);
+    m->due = wall_clock();
+    set_due(m);
+}
+
+/* One try of one message, which is locked.  NO_ROOM: it is due again, and nothing is
+ * recorded. */
+static enum reach try_message(struct batch *b, struct message *m, struct draft *report)
 {
     struct recipient **order = allocate(NULL, m->count * sizeof *order);
     struct party *parties = allocate(NULL, m->count * sizeof *parties);
+    enum reach reach = REACHED;
     size_t count;
 
     /* If this process is killed, the message is not tried again at once. */
@@ -2864,26 +2928,33 @@ static void try_message(struct batch *b, struct message *m, struct draft *report
     set_due(m);
     count = make_parties(m, order, parties);
     if (count == 1) {
-        deliver(b, m, parties[0].to, parties[0].count);
-        expire(m, parties[0].to, parties[0].count);
+        reach = deliver(b, m, parties[0].to, parties[0].count);
+        if (reach == NO_ROOM && !(b->patient && may_give_back(m)))
+            reach = UNREACHED;
+        if (reach != NO_ROOM)
+            expire(m, parties[0].to, parties[0].count);
     } else if (count > 1) {
         deliver_parties(b, m, parties, count);
     }
-    if (!m->gone)
+    if (reach == NO_ROOM)
+        give_back(m);
+    else if (!m->gone)
         conclude(m, report);
     free(order);
     free(parties);
+    return reach;
 }
 
-/* Tries a message, which it takes over, and the report on it if there has to be
- * one. */
-static void forward(struct batch *b, struct message *m)
+/* Tries a message, which it takes over, and then the report on it if there is one.
+ * The alarm ends a try that goes on for twice its time, even if the server is gone. */
+static enum reach forward(struct batch *b, struct message *m)
 {
     struct draft report = { .fd = -1 };
+    enum reach reach;
 
     try_end = clock_ms() + (int64_t)try_limit() * 1000;
-    alarm((unsigned)(2 * try_limit()));     /* the kernel keeps to it, even if the server is no more */
-    try_message(b, m, &report);
+    alarm((unsigned)(2 * try_limit()));
+    reach = try_message(b, m, &report);
     message_free(m);
     if (report.fd >= 0) {
         struct batch alone = { .more = false };
@@ -2894,42 +2965,53 @@ static void forward(struct batch *b, struct message *m)
         drop_kept(&alone);
     }
     alarm(0);
+    return reach;
 }
 
-bool draft_store(struct draft *d, int answer)
+/* Forwards the message behind `fd`, which is locked and is closed here. */
+static enum reach forward_file(struct batch *b, int fd, const char *id)
+{
+    struct message m;
+
+    if (message_read(&m, fd, id))
+        return forward(b, &m);
+    log_unread(&m);
+    message_free(&m);
+    return REACHED;
+}
+
+bool draft_store(struct draft *d, int reply_fd)
 {
     char reply[REPLY_SIZE];
     bool stored = store(d);
     int n = snprintf(reply, sizeof reply, stored ? "250 2.0.0 Ok: queued as %s\n" : "%s\n",
         stored ? d->id : draft_refusal(d->error));
 
-    /* It is ours, even if the client does not hear it. */
-    if (write(answer, reply, (size_t)n) < 0)
-        logmsg("%s nobody waits for: %.*s", d->id, n - 1, reply);
+    /* The message is ours from here on, even if the client does not hear of it. */
+    if (write(reply_fd, reply, (size_t)n) < 0)
+        logmsg("%s: the client has gone before it was told: %.*s", d->id, n - 1, reply);
     return stored;
 }
 
-void draft_forward(struct draft *d)
-{
-    struct batch alone = { .more = false };
-    struct message m;
-
-    if (message_read(&m, d->fd, d->id))
-        forward(&alone, &m);
-    else
-        log_unread(&m);
-    drop_kept(&alone);
-    _exit(0);
-}
-
-void draft_offer(struct draft *d, uint32_t lane, int due_fd)
+void draft_hand_over(const struct draft *d, uint32_t lane, int due_fd)
 {
     char line[DUE_SIZE + 1];
     int n = snprintf(line, sizeof line, DUE_FORMAT, d->id, (unsigned long)lane);
 
-    close(d->fd);           /* who takes it needs the lock */
+    close(d->fd);           /* and with it the lock, which the batch needs */
     if (write(due_fd, line, (size_t)n) != n)
-        return;             /* the pipe is full: the runner will find it in the queue */
+        return;             /* the pipe is full: the queue manager finds the message in the queue */
+}
+
+void draft_forward(const struct draft *d, uint32_t lane, bool company, int due_fd)
+{
+    struct batch alone = { .patient = true, .company = company };
+    enum reach reach = forward_file(&alone, d->fd, d->id);
+
+    drop_kept(&alone);
+    if (reach == NO_ROOM)
+        draft_hand_over(d, lane, due_fd);
+    _exit(0);
 }
 
 /* When is this file due?  0: it is none of ours. */
@@ -2969,75 +3051,91 @@ static int take_due(const char *id)
     return -1;
 }
 
-/* ==== The queue ========================================================== */
-
-static volatile sig_atomic_t all_due;
-
-static void on_wake(int number)
-{
-    if (number == SIGHUP)
-        all_due = 1;
-}
+/* ==== The queue manager ================================================== */
 
 /*
- * What is due, as far as the runner knows: sorted by id, so the oldest first.  An id
- * stays here while a batch tries it, so that it is not taken up twice.
+ * One process forwards all mail that no transaction's child forwards.  It knows some
+ * thousands of due messages by id, and gives those of one lane to batches: children
+ * that try them one after the other.  How many batches a lane may have is learned:
+ * one at first, one more each time a batch ends well and leaves mail of its lane
+ * waiting, one again when an exchanger has no room or is not reached.
  */
+
+/* A message that is due.  It stays listed while a batch has it, so that a search of
+ * the queue does not list it again. */
 struct due {
     char id[ID_SIZE];
     uint32_t lane;
-    unsigned batch;         /* 1 and up: whose it is; 0: it waits */
-    bool fresh;             /* it has never been tried */
+    pid_t batch;            /* the process that has it; 0: it waits */
+    bool fresh;             /* it was never tried */
 };
 
-static struct due waiting[WAITING_LIMIT];
-static size_t waiting_count;
-static bool overflowed;     /* more is in queue/ than is known here */
+static struct due listed[LISTED_LIMIT];     /* sorted by id, and so by age */
+static size_t listed_count;
+static bool search_again;   /* the queue holds due messages that are not listed */
 
-/* What waits, by lane.  One lane has more than one batch only where much waits. */
+/* A lane with messages in the list. */
 struct lane {
     uint32_t lane;
-    size_t waiting, fresh;  /* ids that no batch has; and how many of them were never tried */
-    long batches;
-    bool slow;              /* the last batch took long over its messages */
-    int64_t next;           /* by clock_ms(): no batch begins before, unless there is enough for it */
+    size_t waiting, fresh;  /* messages that wait, and how many of these were never tried */
+    unsigned batches;       /* running now ... */
+    unsigned allowed;       /* ... and how many may */
+    unsigned refusals;      /* batches in a row that were not served */
+    int64_t not_before;     /* by clock_ms(): no batch begins before */
 };
 
-static struct lane lanes[WAITING_LIMIT + 10000];
+static struct lane lanes[LISTED_LIMIT];
 static size_t lane_count;
 
-/* The processes that try them. */
-static struct batch_child {
-    pid_t pid;              /* 0: none */
+struct batch_process {
+    pid_t pid;
     uint32_t lane;
-    int64_t begun;          /* by clock_ms() */
-} *batches;
-static unsigned batch_limit;
+    size_t count;           /* of its messages */
+};
 
+static struct batch_process *batches;
+static unsigned batch_count, batch_limit;
+
+static volatile sig_atomic_t all_due;
+
+static void on_signal(int number)
+{
+    if (number == SIGHUP)
+        all_due = 1;        /* SIGCHLD only has to interrupt pselect() */
+}
+
+/* The lane of that hash, new if it is not known yet.  Every lane that is kept has a
+ * message in the list, so there is room for all. */
 static struct lane *find_lane(uint32_t lane)
 {
     size_t i = 0;
 
     while (i < lane_count && lanes[i].lane != lane)
         i++;
-    if (i == lane_count) {
-        static const struct lane none;
-
-        lanes[lane_count] = none;
-        lanes[lane_count++].lane = lane;
-    }
+    if (i == lane_count)
+        lanes[lane_count++] = (struct lane){ .lane = lane, .allowed = 1 };
     return &lanes[i];
 }
 
-/* Where this id stands, or would. */
-static size_t find_due(const char *id)
+static void forget_idle_lanes(void)
 {
-    size_t low = 0, high = waiting_count;
+    size_t left = 0;
+
+    for (size_t i = 0; i < lane_count; i++)
+        if (lanes[i].waiting > 0 || lanes[i].batches > 0)
+            lanes[left++] = lanes[i];
+    lane_count = left;
+}
+
+/* Where this id stands in the list, or would stand. */
+static size_t find_listed(const char *id)
+{
+    size_t low = 0, high = listed_count;
 
     while (low < high) {
         size_t middle = (low + high) / 2;
 
-        if (strcmp(waiting[middle].id, id) < 0)
+        if (strcmp(listed[middle].id, id) < 0)
             low = middle + 1;
         else
             high = middle;
@@ -3045,214 +3143,230 @@ static size_t find_due(const char *id)
     return low;
 }
 
-/* 0 where it is not known, else whose it is, and one more. */
-static unsigned is_known(const char *id)
+static bool is_listed(const char *id)
 {
-    size_t i = find_due(id);
+    size_t i = find_listed(id);
 
-    return i < waiting_count && strcmp(waiting[i].id, id) == 0 ? waiting[i].batch + 1 : 0;
+    return i < listed_count && strcmp(listed[i].id, id) == 0;
 }
 
-/* Lets an id wait.  No lane has more than half of the places: behind it, others are
- * seen. */
-static void add_due(const char *id, uint32_t lane, bool fresh)
+/* Lists a message that is due.  One lane may fill no more than half of the list, so
+ * that the messages of others are seen behind it. */
+static void list_due(const char *id, uint32_t lane, bool fresh)
 {
-    size_t i = find_due(id);
+    size_t i = find_listed(id);
     struct lane *l;
 
-    if (i < waiting_count && strcmp(waiting[i].id, id) == 0)
+    if (is_listed(id))
         return;
-    l = find_lane(lane);
-    if (waiting_count == WAITING_LIMIT || l->waiting >= WAITING_LIMIT / 2) {
-        overflowed = true;
+    if (lane_count == LISTED_LIMIT)
+        forget_idle_lanes();
+    l = listed_count < LISTED_LIMIT ? find_lane(lane) : NULL;
+    if (l == NULL || l->waiting >= LISTED_LIMIT / 2) {
+        search_again = true;
         return;
     }
-    memmove(&waiting[i + 1], &waiting[i], (waiting_count++ - i) * sizeof waiting[0]);
-    strcpy(waiting[i].id, id);
-    waiting[i].lane = lane;
-    waiting[i].batch = 0;
-    waiting[i].fresh = fresh;
+    memmove(&listed[i + 1], &listed[i], (listed_count++ - i) * sizeof listed[0]);
+    strcpy(listed[i].id, id);
+    listed[i].lane = lane;
+    listed[i].batch = 0;
+    listed[i].fresh = fresh;
     l->waiting++;
     l->fresh += fresh;
 }
 
-/* A batch is over; it has tried so many of its messages, and the others wait again. */
-static void end_batch(unsigned batch, size_t tried)
-{
-    struct lane *l = find_lane(batches[batch - 1].lane);
-    size_t left = 0;
+/* ---- Batches ---- */
 
-    l->slow = clock_ms() - batches[batch - 1].begun > SLOW * (int64_t)(tried + 1);
-    for (size_t i = 0; i < waiting_count; i++) {
-        if (waiting[i].batch == batch && tried > 0) {
-            tried--;
-            continue;
-        }
-        if (waiting[i].batch == batch) {
-            waiting[i].batch = 0;
-            l->waiting++;
-            l->fresh += waiting[i].fresh;
-        }
-        if (left < i)
-            waiting[left] = waiting[i];
-        left++;
-    }
-    waiting_count = left;
-    l->batches--;
-    batches[batch - 1].pid = 0;
-}
+/* The exit status of a batch.  die() exits 1. */
+enum { SERVED = 0, NOT_SERVED = 2 };
 
-/* Tries what a batch has, one after the other. */
-static void try_batch(unsigned batch, pid_t runner)
+/* The life of a batch: it tries its messages one after the other, over one connection
+ * where that is possible, and exits.  What it did not begin is still due. */
+static void run_batch(char ids[][ID_SIZE], size_t count, bool patient, bool company, pid_t manager)
 {
-    struct batch b = { .more = true };
+    struct batch b = { .patient = patient, .company = company };
     int64_t end = clock_ms() + BATCH_TIME;
-    size_t last = waiting_count, tried = 0;
+    enum reach reach = REACHED;
 
-    while (waiting[last - 1].batch != batch)
-        last--;
-    for (size_t i = 0; i < last && clock_ms() < end && getppid() == runner; i++) {
-        struct message m;
-        int fd;
+    for (size_t i = 0; i < count && reach != NO_ROOM && getppid() == manager; i++) {
+        int fd = b.dead[0] != '\0' || clock_ms() < end ? take_due(ids[i]) : -1;
 
-        if (waiting[i].batch != batch)
-            continue;
-        tried++;
-        fd = take_due(waiting[i].id);
-        b.more = i + 1 < last;
-        if (fd < 0)
-            continue;
-        if (message_read(&m, fd, waiting[i].id)) {
-            forward(&b, &m);
-        } else {
-            log_unread(&m);
-            message_free(&m);
-        }
+        b.more = i + 1 < count;
+        if (fd >= 0)
+            reach = forward_file(&b, fd, ids[i]);
     }
     drop_kept(&b);
-    _exit((int)tried);
+    _exit(reach == REACHED ? SERVED : NOT_SERVED);
 }
 
-/* May this lane have one more batch? */
-static bool lane_free(const struct lane *l, int64_t now)
+/* How many messages the next batch of this lane takes: the waiting ones are shared out
+ * among the batches that the lane may still start. */
+static size_t batch_size(const struct lane *l)
 {
-    long most = settings.forwarders / 4 > 1 ? settings.forwarders / 4 : 1, wanted = 1 + (long)(l->waiting / (l->slow ? SLOW_BATCH : BATCH));
+    size_t starts = l->allowed - l->batches, share = (l->waiting + starts - 1) / starts;
 
-    return l->waiting > 0 && (l->waiting >= BATCH_WORTH || l->slow || now >= l->next) && l->batches < (wanted < most ? wanted : most);
+    return share < BATCH_LIMIT ? share : BATCH_LIMIT;
 }
 
-/* Starts a batch in this lane.  False: there is no process for it. */
-static bool start_batch(struct lane *l, int due_fd)
+/* Forks a batch for this lane.  False: there is no process for it. */
+static bool start_batch(struct lane *l)
 {
-    unsigned batch = 1;
-    size_t count = 0, most = l->slow ? SLOW_BATCH : BATCH;
-    pid_t runner = getpid(), pid;
+    char ids[BATCH_LIMIT][ID_SIZE];
+    size_t chosen[BATCH_LIMIT], count = 0, size = batch_size(l);
+    pid_t manager = getpid(), pid;
 
-    while (batches[batch - 1].pid != 0)
-        batch++;
-    for (size_t i = 0; i < waiting_count && count < most; i++)
-        if (waiting[i].batch == 0 && waiting[i].lane == l->lane) {
-            waiting[i].batch = batch;
-            count++;
-            l->waiting--;
-            l->fresh -= waiting[i].fresh;
+    for (size_t i = 0; i < listed_count && count < size; i++)
+        if (listed[i].batch == 0 && listed[i].lane == l->lane) {
+            strcpy(ids[count], listed[i].id);
+            chosen[count++] = i;
         }
-    batches[batch - 1].lane = l->lane;
-    l->batches++;
-    batches[batch - 1].begun = clock_ms();
-    l->next = batches[batch - 1].begun + (l->slow ? 0 : BATCH_GAP);
     pid = fork();
-    if (pid == 0) {
-        signal(SIGCHLD, SIG_DFL);
-        close(due_fd);
-        try_batch(batch, runner);
-    }
-    batches[batch - 1].pid = pid;
+    if (pid == 0)
+        run_batch(ids, count, l->batches > 0 || l->refusals < PATIENCE, l->batches > 0, manager);
     if (pid < 0) {
-        logmsg("no process can be made (%s): resting for a second", strerror(errno));
-        end_batch(batch, 0);
+        logmsg("no process for a batch can be made (%s): resting for a second", strerror(errno));
+        return false;
     }
-    return pid > 0;
-}
-
-/* Starts batches as far as there are slots: mail that was never tried goes first, and
- * has a quarter of them to itself. */
-static bool start_batches(int due_fd, int64_t *until)
-{
-    static size_t turn;
-    size_t left = 0, last = 0;
-    unsigned running = 0;
-    int64_t now = clock_ms();
-
-    for (unsigned i = 0; i < batch_limit; i++)
-        running += batches[i].pid != 0;
-    for (size_t i = 0; i < lane_count; i++)     /* those that are done with go */
-        if (lanes[i].waiting > 0 || lanes[i].batches > 0 || now < lanes[i].next)
-            lanes[left++] = lanes[i];
-    lane_count = left;
-    for (int fresh = 1; fresh >= 0; fresh--)
-        for (size_t k = 0; k < lane_count; k++) {
-            struct lane *l = &lanes[(turn + k) % lane_count];
-
-            while (running < batch_limit - (fresh ? 0 : batch_limit / 4) && (!fresh || l->fresh > 0) && lane_free(l, now)) {
-                last = (turn + k) % lane_count + 1;
-                running++;
-                if (!start_batch(l, due_fd))
-                    return false;
-            }
-            if (l->waiting > 0 && l->batches == 0 && l->next > now && l->next < *until)
-                *until = l->next;
-        }
-    turn = last != 0 ? last : turn;
+    for (size_t k = 0; k < count; k++) {
+        listed[chosen[k]].batch = pid;
+        l->fresh -= listed[chosen[k]].fresh;
+    }
+    l->waiting -= count;
+    l->batches++;
+    batches[batch_count++] = (struct batch_process){ pid, l->lane, count };
     return true;
 }
 
-/* Takes note of batches that have ended. */
-static bool reap_batches(void)
+/* Is this file of the queue due?  When it is due later, sets `next` if that is sooner. */
+static bool is_due(const char *id, bool make_due, bool complain, time_t *next)
 {
-    bool died = false;
+    time_t due = due_time(id, make_due, complain);
+
+    if (due > wall_clock() && due < *next)
+        *next = due;
+    return due != 0 && due <= wall_clock();
+}
+
+/* Takes the messages of a batch that has ended off the list, except those that are
+ * still due: these wait again.  Returns how many do. */
+static size_t unlist(pid_t batch, struct lane *l)
+{
+    size_t left = 0, back = 0;
+    time_t next = 0;
+
+    for (size_t i = 0; i < listed_count; i++) {
+        if (listed[i].batch == batch) {
+            if (!is_due(listed[i].id, false, false, &next))
+                continue;
+            listed[i].batch = 0;
+            l->fresh += listed[i].fresh;
+            back++;
+        }
+        if (left < i)
+            listed[left] = listed[i];
+        left++;
+    }
+    listed_count = left;
+    l->waiting += back;
+    return back;
+}
+
+/* A batch has ended: learns from it how many its lane may have (see above).  A lane
+ * whose only batch was not served pauses: a second, then twice as long each time. */
+static void end_batch(const struct batch_process *p, bool served)
+{
+    struct lane *l = find_lane(p->lane);
+    size_t back = unlist(p->pid, l);
+    unsigned most = batch_limit > 1 ? batch_limit / 2 : 1;
+    int64_t pause = 1000;
+
+    l->batches--;
+    if (served && back < p->count) {
+        l->refusals = 0;
+        if (l->waiting > 0 && (back > 0 || p->count == BATCH_LIMIT) && l->allowed < most)
+            l->allowed++;
+        return;
+    }
+    l->allowed = 1;
+    if (l->batches > 0)
+        return;             /* the others take their time: that is pause enough */
+    for (unsigned i = 0; i < l->refusals && pause < NAP_LIMIT * 1000; i++)
+        pause *= 2;
+    l->refusals++;
+    l->not_before = clock_ms() + pause;
+}
+
+static void reap_batches(void)
+{
     int status;
     pid_t pid;
 
-    while ((pid = waitpid(-1, &status, WNOHANG)) > 0)
-        for (unsigned i = 0; i < batch_limit; i++)
-            if (batches[i].pid == pid) {
-                end_batch(i + 1, WIFEXITED(status) ? (size_t)WEXITSTATUS(status) : 0);
-                if (WIFSIGNALED(status))
-                    logmsg("process %ld died of signal %d", (long)pid, WTERMSIG(status));
-                died = died || WIFSIGNALED(status);
-            }
-    return died;
+    while ((pid = waitpid(-1, &status, WNOHANG)) > 0) {
+        unsigned i = 0;
+
+        while (i < batch_count && batches[i].pid != pid)
+            i++;
+        if (i == batch_count)
+            continue;
+        if (WIFSIGNALED(status))
+            logmsg("process %ld died of signal %d", (long)pid, WTERMSIG(status));
+        end_batch(&batches[i], WIFEXITED(status) && WEXITSTATUS(status) == SERVED);
+        batches[i] = batches[--batch_count];
+    }
 }
 
-/* Takes what has come over the pipe.  False: its other end is closed, the server is
- * no more. */
-static bool read_due(int due_fd)
+/* May this lane start a batch now?  A quarter of the slots is left to lanes that have
+ * mail which was never tried, and no batch yet. */
+static bool may_start(const struct lane *l, int64_t now)
 {
-    static char lines[65536];
-    static size_t size;
-    char *at = lines, *end, *space;
-    ssize_t n = read(due_fd, lines + size, sizeof lines - size);
+    bool first = l->fresh > 0 && l->batches == 0;
 
-    if (n <= 0)
-        return n < 0;
-    size += (size_t)n;
-    if (size > sizeof lines / 2)
-        overflowed = true;      /* the pipe may have been full */
-    for (; (end = memchr(at, '\n', size - (size_t)(at - lines))) != NULL; at = end + 1) {
-        *end = '\0';
-        space = strchr(at, ' ');
-        if (space != NULL && space - at < ID_SIZE) {
-            *space = '\0';
-            add_due(at, (uint32_t)strtoul(space + 1, NULL, 16), true);
+    return l->waiting > 0 && l->batches < l->allowed && now >= l->not_before
+        && batch_count < (first ? batch_limit : batch_limit - batch_limit / 4);
+}
+
+/* The lane that starts the next batch: mail that was never tried goes first, and of
+ * that a lane without a batch; equals take turns.  NULL: no lane may. */
+static struct lane *choose_lane(int64_t now)
+{
+    static size_t turn;
+    struct lane *chosen = NULL;
+    int best = -1;
+
+    for (size_t k = 0; k < lane_count; k++) {
+        struct lane *l = &lanes[(turn + k) % lane_count];
+        int rank = (l->fresh > 0 ? 2 : 0) + (l->batches == 0 ? 1 : 0);
+
+        if (rank > best && may_start(l, now)) {
+            best = rank;
+            chosen = l;
         }
     }
-    size -= (size_t)(at - lines);
-    memmove(lines, at, size);
-    return true;
+    if (chosen != NULL)
+        turn = (size_t)(chosen - lanes) + 1;
+    return chosen;
 }
 
-/* Is somebody trying this message?  Asking takes no lock. */
+/* Starts batches while there are slots and lanes that may use them.  Returns when,
+ * by clock_ms(), it is to be called again at the latest. */
+static int64_t start_batches(void)
+{
+    int64_t now = clock_ms(), again = INT64_MAX;
+    struct lane *l;
+
+    forget_idle_lanes();
+    while ((l = choose_lane(now)) != NULL)
+        if (!start_batch(l))
+            return now + 1000;
+    for (size_t i = 0; i < lane_count; i++)
+        if (lanes[i].waiting > 0 && lanes[i].not_before > now && lanes[i].not_before < again)
+            again = lanes[i].not_before;
+    return again;
+}
+
+/* ---- The search ---- */
+
+/* Is another process trying this message?  Asking takes no lock. */
 static bool is_locked(int fd)
 {
     struct flock lock = { .l_type = F_WRLCK, .l_whence = SEEK_SET };
@@ -3260,8 +3374,9 @@ static bool is_locked(int fd)
     return fcntl(fd, F_GETLK, &lock) == 0 && lock.l_type != F_UNLCK;
 }
 
-/* Looks at one file of the queue that is due, and lets it wait. */
-static void note_due(const char *id, bool complain)
+/* Looks at a file of the queue that is due, and lists it if it is a message that
+ * nobody is trying. */
+static void examine_due(const char *id, bool complain)
 {
     struct message m;
     int fd = open_message("queue", id, O_RDWR);
@@ -3273,77 +3388,128 @@ static void note_due(const char *id, bool complain)
         return;
     }
     if (message_read(&m, fd, id))
-        add_due(id, lane_of_message(&m), !m.tried);
+        list_due(id, lane_of_message(&m), !m.tried);
     else if (complain || m.error != 0)
         log_unread(&m);
     message_free(&m);
 }
 
-/* Looks once through the queue.  Returns when the next file will be due. */
+/* Goes once through the queue.  Returns when the next file will be due. */
 static time_t search_queue(bool make_due, bool complain)
 {
-    time_t now = wall_clock(), next = now + NAP_LIMIT;
+    time_t next = wall_clock() + NAP_LIMIT;
     DIR *queue = opendir("queue");
     struct dirent *entry;
 
     clear_drafts();
-    overflowed = false;
+    search_again = false;
     if (queue == NULL && chdir(settings.spool) != 0)    /* it was taken away: perhaps it is back */
         return next;
     while (queue != NULL && (entry = readdir(queue)) != NULL) {
-        time_t due = entry->d_name[0] == '.' ? 0 : due_time(entry->d_name, make_due, complain);
-        unsigned known;
-
-        if (due != 0 && due <= wall_clock()) {
-            known = is_known(entry->d_name);
-            if (known == 0 && waiting_count < WAITING_LIMIT)
-                note_due(entry->d_name, complain);
-            else if (known == 0 || (known > 1 && make_due))
-                overflowed = true;      /* no room; or its batch may be done with it */
-        } else if (due != 0 && due < next) {
-            next = due;
-        }
+        if (entry->d_name[0] == '.' || !is_due(entry->d_name, make_due, complain, &next) || is_listed(entry->d_name))
+            continue;
+        if (listed_count < LISTED_LIMIT)
+            examine_due(entry->d_name, complain);
+        else
+            search_again = true;
     }
     if (queue != NULL)
         closedir(queue);
     return next;
 }
 
-static int64_t clamp(int64_t value, int64_t least, int64_t most)
+/* When the queue is searched: when the next file is due, and sooner if some due
+ * messages are not listed and the list has room.  A long search is followed by a long
+ * pause, so that a large queue does not keep a processor busy. */
+static int64_t search_at, search_not_before;    /* by clock_ms() */
+
+static int64_t next_search(void)
 {
-    value = value < least ? least : value;
-    return value > most ? most : value;
+    if (search_again && listed_count < LISTED_LIMIT / 4 && search_not_before < search_at)
+        return search_not_before;
+    return search_at;
 }
 
-/* Waits until something comes over the pipe, if there is room for it, or until
- * clock_ms() reaches `until`.  Signals come only here. */
+static void search_if_due(void)
+{
+    static bool searched;
+    int64_t begun = clock_ms(), now, nap;
+    bool make_due = all_due;
+    time_t next;
+
+    if (!make_due && begun < next_search())
+        return;
+    all_due = 0;
+    for (size_t i = 0; make_due && i < lane_count; i++)
+        lanes[i].not_before = 0;
+    next = search_queue(make_due, !searched);
+    searched = true;
+    now = clock_ms();
+    nap = ((int64_t)next - (int64_t)wall_clock()) * 1000;
+    if (nap > settings.retry * 1000)
+        nap = settings.retry * 1000;
+    if (nap < 1000)
+        nap = 1000;
+    search_not_before = now + 10 * (now - begun) + 20;
+    search_at = now + nap > search_not_before ? now + nap : search_not_before;
+}
+
+/* ---- The loop ---- */
+
+/* Takes the ids that have come over the due pipe.  False: the pipe has ended, and so
+ * has the server. */
+static bool read_due(int due_fd)
+{
+    static char lines[65536];
+    static size_t size;
+    char *at = lines, *end, *space;
+    ssize_t n = read(due_fd, lines + size, sizeof lines - size);
+
+    if (n <= 0)
+        return n < 0;
+    size += (size_t)n;
+    if (n >= PIPE_MAY_BE_FULL)
+        search_again = true;    /* a writer may have found no room for its line */
+    for (; (end = memchr(at, '\n', size - (size_t)(at - lines))) != NULL; at = end + 1) {
+        *end = '\0';
+        space = strchr(at, ' ');
+        if (space != NULL && space - at < ID_SIZE) {
+            *space = '\0';
+            list_due(at, (uint32_t)strtoul(space + 1, NULL, 16), true);
+        }
+    }
+    size -= (size_t)(at - lines);
+    memmove(lines, at, size);
+    return true;
+}
+
+/* Waits until an id comes over the due pipe, if the list has room for it, until a
+ * signal comes, or until clock_ms() reaches `until`.  Signals are delivered only here.
+ * Returns whether the pipe can be read. */
 static bool wait_for_due(int due_fd, int64_t until, const sigset_t *open)
 {
     int64_t left = until - clock_ms();
     struct timespec timeout = { 0, 0 };
     fd_set readable;
+    int top = -1;
 
     if (left > 0) {
         timeout.tv_sec = (time_t)(left / 1000);
         timeout.tv_nsec = (long)(left % 1000) * 1000000;
     }
     FD_ZERO(&readable);
-    if (waiting_count < WAITING_LIMIT * 3 / 4)
-        FD_SET(due_fd, &readable);
-    return pselect(due_fd + 1, &readable, NULL, NULL, &timeout, open) > 0 && FD_ISSET(due_fd, &readable);
+    if (listed_count < LISTED_LIMIT * 3 / 4)
+        watch_fd(due_fd, &readable, &top);
+    return pselect(top + 1, &readable, NULL, NULL, &timeout, open) > 0;
 }
 
-void run_queue(int due_fd, pid_t server)
+void manage_queue(int due_fd, pid_t server)
 {
-    struct sigaction action = { .sa_handler = on_wake };
-    int64_t next_search = 0, earliest = 0;      /* by clock_ms() */
+    struct sigaction action = { .sa_handler = on_signal };
     sigset_t open;
-    bool first = true;
 
     batch_limit = (unsigned)(settings.forwarders - fresh_slots());
-    batches = calloc(batch_limit, sizeof *batches);
-    if (batches == NULL)
-        die_of_memory();
+    batches = allocate(NULL, batch_limit * sizeof *batches);
     sigemptyset(&action.sa_mask);
     sigaction(SIGHUP, &action, NULL);
     sigaction(SIGCHLD, &action, NULL);
@@ -3351,35 +3517,20 @@ void run_queue(int due_fd, pid_t server)
     sigdelset(&open, SIGHUP);
     sigdelset(&open, SIGCHLD);
     while (getppid() == server) {
-        int64_t begun, until;
+        int64_t until;
 
-        if (reap_batches())
-            overflowed = true;          /* what it has not tried is only in the queue */
-        if (overflowed && waiting_count < WAITING_LIMIT / 4)
-            next_search = earliest < next_search ? earliest : next_search;
-        begun = clock_ms();
-        if (all_due || begun >= next_search) {
-            bool make_due = all_due;
-            int64_t nap;
-            time_t next;
-
-            all_due = 0;
-            next = search_queue(make_due, first);
-            first = false;
-            nap = ((int64_t)next - (int64_t)wall_clock()) * 1000;
-            nap = clamp(nap, 1000, settings.retry * 1000);
-            earliest = clock_ms() + clamp(10 * (clock_ms() - begun), 20, NAP_LIMIT * 1000);     /* long searches are rare ones */
-            next_search = begun + nap > earliest ? begun + nap : earliest;
-        }
-        until = overflowed && waiting_count < WAITING_LIMIT / 4 && earliest < next_search ? earliest : next_search;
-        if (!start_batches(due_fd, &until))
-            until = clock_ms() + 1000;
-        if (wait_for_due(due_fd, until, &open)
-            && !read_due(due_fd))
+        reap_batches();
+        search_if_due();
+        until = start_batches();
+        if (next_search() < until)
+            until = next_search();
+        if (wait_for_due(due_fd, until, &open) && !read_due(due_fd))
             break;
     }
     _exit(0);
 }
+
+/* ==== The list =========================================================== */
 
 static int compare_ids(const void *a, const void *b)
 {

@@ -1,10 +1,10 @@
 /*
  * smtp.c - the server: takes mail from clients it trusts (RFC 5321).
  *
- * One process watches the listening sockets, all clients and what its children
- * say with pselect(), and waits for nothing else.  What may take time runs in a
- * child: at the final dot of each message one is forked, which stores it and, if
- * there is a slot for it, forwards it (forward.c).
+ * One process watches the listening sockets, all clients and the reply pipes of
+ * its children with pselect(), and never waits for anything else.  Work that takes
+ * time runs in a child: at the final dot of each message the loop forks one, which
+ * stores the message and, if the loop gave it a slot, forwards it (forward.c).
  *
  * Handlers never close or free a session.  They set its phase; the loop reaps.
  *
@@ -196,7 +196,8 @@ enum phase {
     MAILED,         /* the reverse-path is in the draft */
     ADDRESSED,      /* at least one forward-path is, too */
     DATA,           /* 354 is sent; lines go to the draft */
-    STORING,        /* the final dot has come; a child's reply is awaited, nothing is read */
+    COMPLETE,       /* the final dot has come; the message waits for a child, nothing is read */
+    STORING,        /* a child stores the message; its reply comes over `pipe`, nothing is read */
     CLOSING,        /* the last reply is given; what still comes is thrown away */
     GONE            /* nothing is left to say or to hear: the loop reaps it */
 };
@@ -223,7 +224,7 @@ struct transaction {
 
 struct session {
     int fd;                 /* the client */
-    int pipe;               /* in STORING: from the child that stores its message; -1: none does yet */
+    int pipe;               /* the read end of a child's reply pipe in STORING, else -1 */
     enum phase phase;
     unsigned port;          /* the client's */
     bool spoken;            /* its first line has come */
@@ -244,8 +245,8 @@ struct session {
 
 static struct session *sessions[FD_SETSIZE];
 static size_t session_count, session_limit;
-static bool divided;        /* this process only serves the sessions it was born with */
-static volatile sig_atomic_t got_child, got_hangup, got_term;
+static bool divided;        /* this process serves the sessions of a table that was full, and accepts no others */
+static volatile sig_atomic_t got_child, got_hangup, got_term;  /* SIGCHLD, SIGHUP, SIGTERM or SIGINT has come */
 
 static void close_fd(int *fd)
 {
@@ -359,8 +360,9 @@ static void log_refusal(const struct session *s, const char *text)
     logmsg("%s:%u refused: %s%s%s%s", address_text(&s->peer, address), s->port, text, from, to, count);
 }
 
-/* Sends as much as the client takes now.  Who has hung up while a message of his is
- * being stored stays until its child has replied: the table counts for both. */
+/* Sends as much as the client takes now.  A client that hangs up while its message
+ * is being stored keeps its place in the table until the child replies: that child
+ * uses a descriptor, too. */
 static void flush(struct session *s)
 {
     ssize_t n;
@@ -368,7 +370,7 @@ static void flush(struct session *s)
     if (s->out.size == 0 || s->phase == GONE)
         return;
     n = write(s->fd, s->out.bytes, s->out.size);
-    if (n < 0 && (errno == EAGAIN || errno == EINTR || s->phase == STORING))
+    if (n < 0 && (errno == EAGAIN || errno == EINTR || s->phase == COMPLETE || s->phase == STORING))
         return;
     if (n < 0 || !buffer_set(&s->out, s->out.bytes + n, s->out.size - (size_t)n))
         s->phase = GONE;
@@ -409,30 +411,30 @@ static void start_closing(struct session *s)
 
 /* ==== Children =========================================================== */
 
+/* Why the server forks. */
 enum role {
-    STORES,         /* a message, and offers it to the queue runner */
-    FORWARDS,       /* stores a message and then forwards it, in a slot for fresh mail */
-    FINDS,          /* the queue runner */
-    SERVES          /* took over a full table of sessions */
+    TRANSACTION,    /* to store one message and, in a slot, to forward it */
+    QUEUE_MANAGER,  /* to forward all other mail of the queue */
+    DIVIDED         /* to go on serving the sessions of a table that was full */
 };
 
 struct child {
     pid_t pid;
     enum role role;
-    uint32_t lane;          /* of a forwarder */
-    int64_t deadline;       /* by clock_ms(): when it is killed */
+    bool slot;              /* a TRANSACTION that also forwards: one of the slots for fresh mail is taken ... */
+    uint32_t lane;          /* ... for this lane */
 };
 
 static struct child *children;
 static size_t child_count;
-static int due_pipe[2];     /* to the queue runner: ids of fresh mail that has no slot */
-static int spool_lock;
+static int due_pipe[2];     /* to the queue manager: messages that were stored and have no slot */
+static int spool_lock;      /* descriptor of the spool's lock file, whose lock this process holds */
 static int listeners[LISTENERS];
 static size_t listener_count;
-static int64_t rest_until;  /* nothing is accepted before: something has run out */
-static int64_t runner_from; /* no queue runner is started before */
+static int64_t rest_until;  /* by clock_ms(): the machine ran out of something; nothing is accepted before */
+static int64_t manager_from;    /* by clock_ms(): no queue manager is started before */
 
-/* Somebody else serves them from now on. */
+/* Frees all sessions without a word to their clients: another process owns them now. */
 static void forget_sessions(void)
 {
     while (session_count > 0)
@@ -445,20 +447,20 @@ static void close_listeners(void)
         close_fd(&listeners[--listener_count]);
 }
 
-/* What only the server itself has: a child that kept a listening socket would
- * keep its port taken; one that kept the due pipe's read end would keep its
- * writers from hearing that the server is no more. */
-static void forget_server(void)
+/* Closes what belongs to the listening server alone.  A child that kept a listening
+ * socket would keep its port taken after the server's end; one that kept the due
+ * pipe's read end would hide the queue manager's death from its writers. */
+static void leave_server(void)
 {
     close_listeners();
     close_fd(&due_pipe[0]);
-    close_fd(&spool_lock);
 }
 
-/* A child that serves nobody keeps no client's socket either: a client whose
- * server has hung up would hear nothing of it until the slowest child is done.
- * Nothing is written to: each page that is would have to be copied. */
-static void forget_clients(const struct session *but)
+/* Closes all that a child has inherited of sessions, except the draft of `own`
+ * (NULL: none).  A child that kept a client's socket would keep that connection open
+ * after the server has closed it.  The memory is left alone: each page that is
+ * written to would have to be copied first. */
+static void close_clients(const struct session *own)
 {
     for (size_t i = 0; i < session_count; i++) {
         const struct session *s = sessions[i];
@@ -466,13 +468,14 @@ static void forget_clients(const struct session *but)
         close(s->fd);
         if (s->pipe >= 0)
             close(s->pipe);
-        if (s != but && s->tx != NULL && s->tx->draft.fd >= 0)
+        if (s != own && s->tx != NULL && s->tx->draft.fd >= 0)
             close(s->tx->draft.fd);
     }
 }
 
-/* Gives signals their common meaning again, for a child that lives for a while.
- * SIGHUP and SIGCHLD stay blocked: the runner opens itself to them in time. */
+/* Gives signals their default meaning again, in a child that lives longer than it
+ * takes to store a message.  SIGHUP and SIGCHLD stay blocked: they are meant for the
+ * queue manager, which opens itself to them where it waits. */
 static void default_signals(void)
 {
     static const int caught[] = { SIGTERM, SIGINT, SIGHUP, SIGCHLD, SIGALRM };
@@ -486,26 +489,32 @@ static void default_signals(void)
     sigprocmask(SIG_SETMASK, &blocked, NULL);
 }
 
-/* fork(), and the child entered in the books.  -1 when the machine has no
- * process left: then accepting rests a while, too. */
-static pid_t spawn(enum role role)
+/* The machine ran out of `what`: accepts nothing for a second, so that what exists can end. */
+static void rest(const char *what)
 {
-    struct child *room = realloc(children, (child_count + 1) * sizeof *children);
-    struct child child = { -1, role, 0, INT64_MAX };
+    logmsg("no %s can be made (%s): resting for a second", what, strerror(errno));
+    rest_until = clock_ms() + REST;
+}
 
-    if (room != NULL) {
-        children = room;
+/* fork(), and remembers the child.  Returns its pid, 0 in the child, -1 when there is
+ * no process to be had. */
+static pid_t spawn(struct child child)
+{
+    struct child *more = realloc(children, (child_count + 1) * sizeof *children);
+
+    child.pid = -1;
+    if (more != NULL) {
+        children = more;
         child.pid = fork();
     }
-    if (child.pid < 0) {
-        logmsg("no process can be made (%s): resting for a second", strerror(errno));
-        rest_until = clock_ms() + REST;
-    } else if (child.pid > 0) {
+    if (child.pid < 0)
+        rest("process");
+    else if (child.pid > 0)
         children[child_count++] = child;
-    }
     return child.pid;
 }
 
+/* The pid of a child of this role, -1 if there is none. */
 static pid_t find_child(enum role role)
 {
     for (size_t i = 0; i < child_count; i++)
@@ -514,45 +523,70 @@ static pid_t find_child(enum role role)
     return -1;
 }
 
-/* How many forwarders there are for fresh mail, in this lane or in all. */
-static long count_forwarders(const uint32_t *lane)
+/* How many of the slots for fresh mail are taken: all, or those of one lane. */
+static long count_slots(const uint32_t *lane)
 {
     long count = 0;
 
     for (size_t i = 0; i < child_count; i++)
-        count += children[i].role == FORWARDS && (lane == NULL || children[i].lane == *lane);
+        count += children[i].slot && (lane == NULL || children[i].lane == *lane);
     return count;
 }
 
-/* Is any mail being stored just now? */
-static bool is_storing(void)
-{
-    for (size_t i = 0; i < session_count; i++)
-        if (sessions[i]->pipe >= 0)
-            return true;
-    return false;
-}
-
-/* May fresh mail of this lane be forwarded at once?  Half of the slots are for it, and
- * no lane has more than a tenth of all.  Where several come at a time, one process for
- * all of them is cheaper: that is the runner's. */
+/* May fresh mail of this lane be forwarded by the child that stores it?  Half of -j
+ * is for such mail, and at most a tenth of -j for one lane. */
 static bool slot_free(uint32_t lane)
 {
-    long share = settings.forwarders / 10;
+    long share = settings.forwarders >= 10 ? settings.forwarders / 10 : 1;
 
-    return !divided && !got_term && count_forwarders(NULL) < fresh_slots()
-        && count_forwarders(&lane) < (share > 1 ? share : 1) && !is_storing();
+    return !divided && !got_term && count_slots(NULL) < fresh_slots() && count_slots(&lane) < share;
 }
 
-/* Whatever an exchanger or a name server does to it, a forwarder has an end. */
-static void end_overdue(void)
+/* Takes note of all children that have ended: one SIGCHLD may stand for many.  A pid
+ * that is not in the list belongs to a process whose parent died while this server is
+ * process 1 of a container. */
+static void reap_children(void)
 {
-    for (size_t i = 0; i < child_count; i++) {
-        if (clock_ms() < children[i].deadline)
+    int status;
+    pid_t pid;
+
+    while ((pid = waitpid(-1, &status, WNOHANG)) > 0) {
+        size_t i = 0;
+
+        while (i < child_count && children[i].pid != pid)
+            i++;
+        if (i == child_count)
             continue;
-        logmsg("process %ld killed: its try took longer than %ld seconds", (long)children[i].pid, 2 * try_limit());
-        kill(children[i].pid, SIGKILL);
-        children[i].deadline = INT64_MAX;
+        if (WIFSIGNALED(status) && !got_term)
+            logmsg("process %ld died of signal %d", (long)pid, WTERMSIG(status));
+        if (children[i].role == QUEUE_MANAGER)
+            manager_from = clock_ms() + REST;   /* one that cannot live must not make us fork in a loop */
+        children[i] = children[--child_count];
+    }
+}
+
+static void start_queue_manager(void)
+{
+    pid_t server = getpid();
+
+    manager_from = clock_ms() + REST;
+    if (spawn((struct child){ .role = QUEUE_MANAGER }) == 0) {
+        close_clients(NULL);
+        close_listeners();
+        close(due_pipe[1]);     /* so that the pipe ends with the server */
+        default_signals();
+        manage_queue(due_pipe[0], server);
+    }
+}
+
+/* Sees to it that there is a queue manager, and that it hears of SIGHUP. */
+static void keep_queue_manager(void)
+{
+    if (find_child(QUEUE_MANAGER) < 0 && clock_ms() >= manager_from)
+        start_queue_manager();
+    if (got_hangup && find_child(QUEUE_MANAGER) > 0) {
+        got_hangup = 0;
+        kill(find_child(QUEUE_MANAGER), SIGHUP);
     }
 }
 
@@ -1240,89 +1274,82 @@ static void log_accepted(const struct session *s)
         address_text(&s->peer, address), s->port, s->helo, tx->from, tx->size, tx->recipients);
 }
 
-/* What the child for a message does: it stores it, and says so to the client's
- * server.  If it has a slot, it goes on alone. */
-static void take_over(struct session *s, int answer, bool slot)
+/* The life of a transaction's child: it makes the message durable and writes the
+ * client's reply to `reply_fd`.  In a slot it goes on and forwards; else it leaves
+ * the message to the queue manager.  Signals stay blocked until the reply is given:
+ * a client that waits for it must not be left in doubt. */
+static void run_transaction(struct session *s, int reply_fd, bool slot)
 {
     struct draft *d = &s->tx->draft;
+    bool company = count_slots(&s->tx->lane) > 0;
     bool stored;
 
-    forget_server();
-    stored = draft_store(d, answer);
-    close(answer);
+    leave_server();
+    stored = draft_store(d, reply_fd);
+    close(reply_fd);
     if (stored)
         log_accepted(s);
     if (stored && slot) {
-        forget_clients(s);
-        close(due_pipe[1]);
+        close_clients(s);
         default_signals();
-        draft_forward(d);
+        draft_forward(d, s->tx->lane, company, due_pipe[1]);
     } else if (stored) {
-        draft_offer(d, s->tx->lane, due_pipe[1]);
+        draft_hand_over(d, s->tx->lane, due_pipe[1]);
     }
     _exit(0);
 }
 
-/* Forks the child for a whole message. */
-static void hand_over(struct session *s)
+/* Forks the child for a complete message.  Returns the read end of its reply pipe, or
+ * -1 when the machine has no pipe or no process left. */
+static int start_transaction(struct session *s)
 {
-    struct transaction *tx = s->tx;
-    bool slot = slot_free(tx->lane);
+    struct child child = { .role = TRANSACTION, .slot = slot_free(s->tx->lane), .lane = s->tx->lane };
     int ends[2];
-    pid_t pid = -1;
+    pid_t pid;
 
     if (pipe(ends) != 0) {
-        logmsg("no pipe can be made (%s): resting for a second", strerror(errno));
-        rest_until = clock_ms() + REST;
-    } else {
-        if (ends[0] < FD_SETSIZE)
-            pid = spawn(slot ? FORWARDS : STORES);
-        if (pid == 0) {
-            close(ends[0]);
-            take_over(s, ends[1], slot);
-        }
-        close(ends[1]);
-        if (pid < 0)
-            close(ends[0]);
+        rest("pipe");
+        return -1;
     }
-    if (pid < 0) {
-        reply(s, "%s", draft_refusal(EAGAIN));
-        reset(s);
-        return;
+    pid = ends[0] < FD_SETSIZE ? spawn(child) : -1;
+    if (pid == 0) {
+        close(ends[0]);
+        run_transaction(s, ends[1], child.slot);
     }
-    if (slot) {
-        children[child_count - 1].lane = tx->lane;
-        children[child_count - 1].deadline = clock_ms() + 2000 * (int64_t)try_limit();
-    }
-    s->pipe = ends[0];
-    draft_forget(&tx->draft);
+    close(ends[1]);
+    if (pid < 0)
+        close_fd(&ends[0]);
+    return ends[0];
 }
 
-/* Hands over what is whole, as far as not too many are being stored already: all
- * clients have their turn. */
-static void store_messages(void)
+/* Gives complete messages to children, up to STORING_AT_ONCE at a time.  Each round
+ * begins behind the session at which the last one ended, so that all have their turn. */
+static void start_transactions(void)
 {
     static size_t turn;
-    size_t storing = 0, whole = 0;
+    size_t storing = 0;
 
-    for (size_t i = 0; i < session_count; i++) {
-        storing += sessions[i]->phase == STORING && sessions[i]->pipe >= 0;
-        whole += sessions[i]->phase == STORING && sessions[i]->pipe < 0;
-    }
-    for (size_t i = 0; i < session_count && whole > 0 && storing < STORING_AT_ONCE; i++) {
+    for (size_t i = 0; i < session_count; i++)
+        storing += sessions[i]->phase == STORING;
+    for (size_t i = 0; i < session_count && storing < STORING_AT_ONCE; i++) {
         struct session *s = sessions[turn++ % session_count];
 
-        if (s->phase == STORING && s->pipe < 0) {
-            whole--;
-            hand_over(s);
-            storing += s->phase == STORING;
-            if (s->phase != STORING)
-                flush(s);
+        if (s->phase != COMPLETE)
+            continue;
+        s->pipe = start_transaction(s);
+        if (s->pipe >= 0) {
+            draft_forget(&s->tx->draft);
+            s->phase = STORING;
+            storing++;
+        } else {
+            reply(s, "%s", draft_refusal(EAGAIN));
+            reset(s);
+            flush(s);
         }
     }
 }
 
-/* The final dot: a child takes the message over, before the loop waits again. */
+/* The final dot.  The loop gives the message to a child before it waits again. */
 static void end_message(struct session *s)
 {
     struct transaction *tx = s->tx;
@@ -1333,7 +1360,7 @@ static void end_message(struct session *s)
         reset(s);
         return;
     }
-    s->phase = STORING;
+    s->phase = COMPLETE;
 }
 
 /* Consumes what can be consumed of the message.  The draft keeps it as it has
@@ -1376,10 +1403,18 @@ static size_t take_message(struct session *s, const char *bytes, size_t size)
     return used;
 }
 
-/* The child that stores the message has said how that went, or has died: then
- * the line is empty. */
-static void take_result(struct session *s, const char *line)
+/* Takes the reply of the child that stores this client's message and tells the
+ * client.  End of file without a line means that the child has died: 451. */
+static void take_result(struct session *s)
 {
+    char line[REPLY_SIZE];
+    ssize_t n = read(s->pipe, line, sizeof line - 1);
+
+    if (n < 0 && errno == EINTR)
+        return;
+    line[n > 0 ? n : 0] = '\0';
+    line[strcspn(line, "\n")] = '\0';
+    close_fd(&s->pipe);
     reply(s, "%s", line[0] != '\0' ? line : draft_refusal(EIO));
     reset(s);
     if (line[0] == '2')
@@ -1400,72 +1435,69 @@ static void on_signal(int number)
         got_term = 1;
 }
 
-/* The descriptor a session waits on, and until when.  While its message is being
- * stored it waits for the child that does that, whatever the client does. */
-static void fill_session(const struct session *s, fd_set *readable, fd_set *writable, int *top, int64_t *until)
+/* What the loop waits for.  pselect() changes the sets, so they are filled anew each time. */
+struct events {
+    fd_set readable, writable;
+    int top;                /* the highest descriptor in the sets, -1 if there is none */
+    int64_t until;          /* by clock_ms(): the loop goes on then even if nothing happens */
+};
+
+static void wake_at(struct events *e, int64_t when)
+{
+    if (when < e->until)
+        e->until = when;
+}
+
+/* The descriptor that a session waits for, and until when.  A client that does not
+ * take its replies is not read from. */
+static void fill_session(struct events *e, const struct session *s)
 {
     if (s->phase == STORING) {
-        if (s->pipe >= 0)
-            FD_SET(s->pipe, readable);
-        if (s->pipe > *top)
-            *top = s->pipe;
-        return;
+        watch_fd(s->pipe, &e->readable, &e->top);
+    } else if (s->phase != COMPLETE) {
+        watch_fd(s->fd, s->out.size > 0 ? &e->writable : &e->readable, &e->top);
+        wake_at(e, s->deadline);
     }
-    if (s->out.size > 0)
-        FD_SET(s->fd, writable);    /* who does not take its replies is not read from */
-    else
-        FD_SET(s->fd, readable);
-    if (s->fd > *top)
-        *top = s->fd;
-    if (s->deadline < *until)
-        *until = s->deadline;
 }
 
-/* Fills the sets; pselect() will change them, so they are made anew each time. */
-static void fill(fd_set *readable, fd_set *writable, int *top, int64_t *until)
+static void fill(struct events *e)
 {
-    FD_ZERO(readable);
-    FD_ZERO(writable);
-    *top = -1;
-    *until = INT64_MAX;
+    FD_ZERO(&e->readable);
+    FD_ZERO(&e->writable);
+    e->top = -1;
+    e->until = INT64_MAX;
     for (size_t i = 0; i < session_count; i++)
-        fill_session(sessions[i], readable, writable, top, until);
-    if (!divided && !got_term && find_child(FINDS) < 0 && runner_from < *until)
-        *until = runner_from;
-    for (size_t i = 0; i < child_count; i++)
-        if (children[i].deadline < *until)
-            *until = children[i].deadline;
-    if (rest_until > clock_ms()) {
-        if (rest_until < *until)
-            *until = rest_until;
-        return;
-    }
-    for (size_t i = 0; i < listener_count; i++) {
-        FD_SET(listeners[i], readable);
-        if (listeners[i] > *top)
-            *top = listeners[i];
-    }
+        fill_session(e, sessions[i]);
+    if (!divided && !got_term && find_child(QUEUE_MANAGER) < 0)
+        wake_at(e, manager_from);
+    if (clock_ms() < rest_until)
+        wake_at(e, rest_until);
+    else
+        for (size_t i = 0; i < listener_count; i++)
+            watch_fd(listeners[i], &e->readable, &e->top);
 }
 
-/* Waits for the first thing to happen.  Signals come only here. */
-static void wait_for_events(fd_set *readable, fd_set *writable, int top, int64_t until, const sigset_t *mask)
+/* Waits for the first event.  Signals are delivered only here: a signal that came
+ * between a test of its flag and a plain select() would be noticed too late (a lost
+ * wake-up), so pselect() opens the mask and waits in one step. */
+static void wait_for_events(struct events *e, const sigset_t *open)
 {
     static int64_t next_look;
     struct timespec timeout = { 0, 0 };
-    int64_t now = clock_ms(), left = until - now;
+    int64_t now = clock_ms(), left = e->until - now;
 
     if (left > 0) {
         timeout.tv_sec = (time_t)(left / 1000);
         timeout.tv_nsec = (long)(left % 1000) * 1000000;
     }
-    if (pselect(top + 1, readable, writable, NULL, until == INT64_MAX ? NULL : &timeout, mask) < 0) {
-        FD_ZERO(readable);          /* a signal: the sets mean nothing now */
-        FD_ZERO(writable);
-    } else if (now >= next_look) {  /* where something is always ready, Linux never gets to the signals */
+    if (pselect(e->top + 1, &e->readable, &e->writable, NULL, e->until == INT64_MAX ? NULL : &timeout, open) < 0) {
+        FD_ZERO(&e->readable);          /* a signal: the sets mean nothing now */
+        FD_ZERO(&e->writable);
+    } else if (now >= next_look) {      /* on Linux pselect() delivers no signal while a descriptor is ready */
         sigset_t blocked;
 
         next_look = now + SIGNAL_WAIT;
-        sigprocmask(SIG_SETMASK, mask, &blocked);
+        sigprocmask(SIG_SETMASK, open, &blocked);
         sigprocmask(SIG_SETMASK, &blocked, NULL);
     }
 }
@@ -1480,7 +1512,7 @@ static void converse(struct session *s, const char *bytes, size_t size)
         flush(s);
         return;
     }
-    while (s->phase < STORING && used < size && n > 0 && !full) {
+    while (s->phase < COMPLETE && used < size && n > 0 && !full) {
         n = (s->phase == DATA ? take_message : s->phase == PROXIED ? take_proxy_header : take_command)
             (s, bytes + used, size - used);
         used += n;
@@ -1519,48 +1551,29 @@ static void hear(struct session *s)
     }
 }
 
-/* The child that stores this client's message says how that went; or nothing, and
- * then it has died. */
-static void hear_child(struct session *s)
-{
-    char line[REPLY_SIZE];
-    ssize_t n = read(s->pipe, line, sizeof line - 1);
-
-    if (n < 0 && errno == EINTR)
-        return;
-    line[n > 0 ? n : 0] = '\0';
-    line[strcspn(line, "\n")] = '\0';
-    close_fd(&s->pipe);
-    take_result(s, line);
-    if (got_term)
-        flush(s);
-    else
-        converse(s, s->in.bytes, s->in.size);
-}
-
 /* Serves a session for which something has happened. */
-static void serve_session(struct session *s, fd_set *readable, fd_set *writable)
+static void serve_session(struct session *s, const struct events *e)
 {
-    bool ready = FD_ISSET(s->fd, readable) || FD_ISSET(s->fd, writable);
+    bool can_read = FD_ISSET(s->fd, &e->readable), can_write = FD_ISSET(s->fd, &e->writable);
     int64_t now = clock_ms();
 
-    if (s->phase == STORING) {
-        if (s->pipe >= 0 && FD_ISSET(s->pipe, readable))
-            hear_child(s);
+    if (s->phase == STORING && FD_ISSET(s->pipe, &e->readable)) {
+        take_result(s);
+        converse(s, s->in.bytes, got_term ? 0 : s->in.size);
     } else if (s->phase == CLOSING && now >= s->deadline) {
         s->phase = GONE;
-    } else if (s->phase < STORING && now >= (ready ? s->limit : s->deadline)) {
+    } else if (s->phase < COMPLETE && now >= (can_read || can_write ? s->limit : s->deadline)) {
         reply(s, "421 4.4.2 %s Error: timeout exceeded", settings.hostname);
         start_closing(s);
-    } else if (FD_ISSET(s->fd, writable)) {
+    } else if (can_write) {
         size_t before = s->out.size;
 
         flush(s);
-        if (s->out.size < before && s->phase < STORING)
+        if (s->out.size < before && s->phase < COMPLETE)
             extend_deadline(s);
-        if (s->out.size == 0 && s->phase < STORING)
+        if (s->out.size == 0 && s->phase < COMPLETE)
             converse(s, s->in.bytes, s->in.size);
-    } else if (FD_ISSET(s->fd, readable)) {
+    } else if (can_read) {
         hear(s);
     }
 }
@@ -1612,11 +1625,12 @@ static void welcome(int fd, union address peer)
     flush(s);
 }
 
-/* The table is full: a child takes all clients over, and this process, which
- * keeps the pid and the listening sockets, begins with an empty table. */
+/* The table is full.  A child takes over all sessions and their reply pipes; this
+ * process keeps its pid and the listening sockets, and begins with an empty table.
+ * The children that store messages stay ours to reap. */
 static void divide(void)
 {
-    pid_t pid = spawn(SERVES);
+    pid_t pid = spawn((struct child){ .role = DIVIDED });
 
     if (pid > 0) {
         logmsg("table full: process %ld serves %lu clients on", (long)pid, (unsigned long)session_count);
@@ -1625,7 +1639,7 @@ static void divide(void)
         divided = true;
         wipe(settings.password, sizeof settings.password);      /* this process forwards nothing */
         child_count = 0;
-        forget_server();
+        leave_server();
     }
 }
 
@@ -1664,51 +1678,15 @@ static void accept_clients(int listener)
 }
 
 /* Does all that the sets say can be done without waiting. */
-static void serve(fd_set *readable, fd_set *writable)
+static void serve(const struct events *e)
 {
-    size_t known = session_count;   /* who comes in below is not in the sets */
+    size_t known = session_count;   /* sessions that begin below are not in the sets */
 
     for (size_t i = 0; i < known; i++)
-        serve_session(sessions[i], readable, writable);
+        serve_session(sessions[i], e);
     for (size_t i = 0; i < listener_count; i++)
-        if (FD_ISSET(listeners[i], readable))
+        if (FD_ISSET(listeners[i], &e->readable))
             accept_clients(listeners[i]);
-}
-
-/* Takes note of all children that have ended: one SIGCHLD may stand for many. */
-static void reap_children(void)
-{
-    int status;
-    pid_t pid;
-
-    while ((pid = waitpid(-1, &status, WNOHANG)) > 0) {
-        size_t i = 0;
-
-        while (i < child_count && children[i].pid != pid)
-            i++;
-        if (i == child_count)
-            continue;
-        if (WIFSIGNALED(status) && !got_term)
-            logmsg("process %ld died of signal %d", (long)pid, WTERMSIG(status));
-        if (children[i].role == FINDS)
-            runner_from = clock_ms() + REST;    /* if it cannot live, it is not to die in a loop */
-        children[i] = children[--child_count];
-    }
-}
-
-static void start_runner(void)
-{
-    pid_t server = getpid(), pid = spawn(FINDS);
-
-    runner_from = clock_ms() + REST;
-    if (pid == 0) {
-        forget_clients(NULL);
-        close_listeners();
-        close(spool_lock);
-        close(due_pipe[1]);     /* the end of the pipe is the end of the server */
-        default_signals();
-        run_queue(due_pipe[0], server);
-    }
 }
 
 /* Removes the sessions that are gone. */
@@ -1729,47 +1707,34 @@ static void reap_sessions(void)
     session_count = left;
 }
 
-/* SIGTERM: nobody new, nothing new, but what is being stored gets its reply. */
+/* After SIGTERM: accepts nobody, says goodbye to each client as soon as no message of
+ * its is being stored (RFC 5321 3.8), and ends the children that would live on.
+ * Forwarders finish their try. */
 static void stop(void)
 {
     close_listeners();
     for (size_t i = 0; i < session_count; i++) {
         struct session *s = sessions[i];
 
-        if (s->phase < STORING) {           /* RFC 5321 3.8 */
+        if (s->phase < COMPLETE) {
             reply(s, "421 4.3.2 %s shutting down, try again later", settings.hostname);
             start_closing(s);
         }
     }
     for (size_t i = 0; i < child_count; i++)
-        if (children[i].role >= FINDS)
+        if (children[i].role != TRANSACTION)
             kill(children[i].pid, SIGTERM);
 }
 
-static void reap(void)
+/* Acts on the signals that have come; SIGHUP is keep_queue_manager()'s. */
+static void heed_signals(void)
 {
     if (got_child) {
         got_child = 0;
         reap_children();
     }
-    end_overdue();
     if (got_term)
         stop();
-    store_messages();
-    reap_sessions();
-    if (session_count == 0 && (divided || (got_term && find_child(SERVES) < 0))) {
-        if (!divided)
-            spool_release(spool_lock);
-        _exit(0);
-    }
-    if (divided || got_term)
-        return;
-    if (find_child(FINDS) < 0 && clock_ms() >= runner_from)
-        start_runner();
-    if (got_hangup && find_child(FINDS) > 0) {  /* else it waits for the next runner */
-        got_hangup = 0;
-        kill(find_child(FINDS), SIGHUP);
-    }
 }
 
 /* Signals set a flag, and come only while the loop waits.  Returns the mask for
@@ -1798,15 +1763,22 @@ static sigset_t catch_signals(void)
 
 static void run(const sigset_t *open)
 {
-    for (;;) {
-        fd_set readable, writable;
-        int64_t until;
-        int top;
+    struct events events;
 
-        reap();
-        fill(&readable, &writable, &top, &until);
-        wait_for_events(&readable, &writable, top, until, open);
-        serve(&readable, &writable);
+    for (;;) {
+        heed_signals();
+        start_transactions();
+        reap_sessions();
+        if (session_count == 0 && (divided || (got_term && find_child(DIVIDED) < 0))) {
+            if (!divided)
+                spool_release(spool_lock);
+            _exit(0);
+        }
+        if (!divided && !got_term)
+            keep_queue_manager();
+        fill(&events);
+        wait_for_events(&events, open);
+        serve(&events);
     }
 }
 
@@ -2165,7 +2137,7 @@ static void size_table(void)
         die("%ld open files are too few: raise the limit (ulimit -n) to %d or more", limit, RESERVE + 4);
     session_limit = (size_t)(limit - RESERVE) / 2;
     if (settings.per_address < 0)
-        settings.per_address = session_limit > 4 ? (long)session_limit / 4 : 1;
+        settings.per_address = session_limit > 40 ? (long)session_limit / 4 : 10;
 }
 
 static void default_names(void)

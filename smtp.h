@@ -183,33 +183,37 @@ const char *draft_refusal(int error);
  * for later.  A forwarder that is there after twice as many is to be killed. */
 long try_limit(void);
 
-/* How many of -j are for fresh mail, tried directly after its final dot; the others
- * are for the queue runner's batches, of which there are at least two if may be. */
+/* How many of the -j slots are for fresh mail, which the child that stores a message
+ * forwards at once.  The others are for the queue manager's batches. */
 long fresh_slots(void);
 
-/* Forwarders that go to the same place share a lane: a hash of the domain, or 0
- * where all mail goes to the smarthost. */
+/* The lane of a domain: forwarders that go to the same place share a lane.  A hash of
+ * the domain's name, or 0 for all domains where all mail goes to a smarthost. */
 uint32_t lane_of(const char *domain);
 
-/* Makes a draft a message of the queue, and writes the client's reply to `answer`,
- * as soon as it is durable. */
-bool draft_store(struct draft *d, int answer);
+/* Makes a draft a durable message of the queue (locked, synced, renamed, the directory
+ * synced) and writes the client's reply to `reply_fd`: "250 ..." or "45x ...", with a
+ * newline.  Returns whether it was stored. */
+bool draft_store(struct draft *d, int reply_fd);
 
-/* Forwards what was stored.  Never returns. */
-void draft_forward(struct draft *d);
+/* Tries once to forward a message that draft_store() has stored, and exits.  `company`:
+ * other forwarders of the server use this lane just now.  If the exchanger has no room
+ * for us, the message is handed over to the queue manager instead. */
+void draft_forward(const struct draft *d, uint32_t lane, bool company, int due_fd);
 
-/* Leaves what was stored to the queue runner, who reads `due_fd`. */
-void draft_offer(struct draft *d, uint32_t lane, int due_fd);
+/* Leaves a message that draft_store() has stored to the queue manager, which reads the
+ * due pipe behind `due_fd`; closes the draft. */
+void draft_hand_over(const struct draft *d, uint32_t lane, int due_fd);
 
 /* One line on the due pipe: an id and its lane, in hexadecimal.  Shorter than
- * _POSIX_PIPE_BUF (512), so that lines of several writers never mix. */
+ * _POSIX_PIPE_BUF (512 octets), so that lines of several writers never mix. */
 #define DUE_FORMAT "%s %08lx\n"
 enum { DUE_SIZE = ID_SIZE + 10 };
 
-/* The queue runner: forwards what comes over `due_fd` and what is due in queue/, in
- * batches, for as long as process `server` lives, and clears tmp/ of what a crash
- * left.  SIGHUP makes everything due.  Never returns. */
-void run_queue(int due_fd, pid_t server);
+/* The queue manager, which never returns: forwards in batches what comes over `due_fd`
+ * and what is due in queue/, for as long as process `server` lives, and clears tmp/ of
+ * what a crash left.  SIGHUP makes everything due. */
+void manage_queue(int due_fd, pid_t server);
 
 /* smtp -l: prints the queue.  Returns the exit status. */
 int list_queue(void);
@@ -226,6 +230,9 @@ time_t wall_clock(void);
 /* A socket of `type` that never blocks and is small enough for an fd_set, or -1
  * with errno. */
 int socket_open(const union address *to, int type);
+
+/* Adds `fd` to a set, and raises `top`, the highest descriptor of all sets, to it. */
+void watch_fd(int fd, fd_set *set, int *top);
 
 /* select() until clock_ms() reaches `deadline`.  Leaves in the sets what is
  * ready: nothing where time ran out or a signal came. */
