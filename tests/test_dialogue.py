@@ -336,7 +336,7 @@ NO_ADDRESSES = [
     "a@[IPv6:::00001]", "a@[IPv6:::g]", "a@[IPv6:::192.0.2.256]", "a@[IPv6:::192.0.2.1:1]", "a@[IPv6:::192.0.2.1",
     "a@[IPv6:::1", "a@[IPv6::::1]", "a@[IPv6 ::1]", "a@[IPv6:::0x1]", "a@[IPv6:::+1]"]
 
-TOO_LONG = [LONGEST_PATH + "x", "a" * 243 + "@example.net", '"' + "a" * 241 + '"@example.net', "a@" + label(255),
+LONG_PATHS = [LONGEST_PATH + "x", "a" * 243 + "@example.net", '"' + "a" * 241 + '"@example.net', "a@" + label(255),
             "@a.example:" + LONGEST_PATH, "a" * 400 + "@example.net"]
 
 ROUTES = ["@a.example:", "@a.example,@b.example,@c.example:"]
@@ -389,7 +389,7 @@ def test_forward_path(introduced, server, line, stored):
 
 
 @pytest.mark.parametrize("command", ["MAIL FROM:", "RCPT TO:", "VRFY "])
-@pytest.mark.parametrize("address", TOO_LONG)
+@pytest.mark.parametrize("address", LONG_PATHS)
 def test_a_path_that_is_too_long(introduced, server, command, address):
     """RFC 5321 4.5.3.1.3, and in words that say so: 4.5.3.1.10."""
     if command == "RCPT TO:":
