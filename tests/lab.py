@@ -87,11 +87,13 @@ class _UDPServer(_Server, socketserver.ThreadingUDPServer):
 # The functions build the pieces of an answer (RFC 1035 4.1).  The Nameserver is
 # made of them, and so are the hostile answers of the tests.
 
-TYPES = {"A": 1, "CNAME": 5, "MX": 15, "AAAA": 28, "OPT": 41}
+TYPES = {"A": 1, "NS": 2, "CNAME": 5, "SOA": 6, "MX": 15, "AAAA": 28, "OPT": 41}
 TYPE_NAMES = {number: name for name, number in TYPES.items()}
 
 RESPONSE = 0x8180       # flags of a usual answer: recursion desired, and available
+AUTHORITATIVE = 0x0400  # the flag AA
 TRUNCATED = 0x0200      # the flag TC: the rest is to be had over TCP
+RECURSION_AVAILABLE = 0x0080    # the flag RA
 TO_QUESTION = b"\xc0\x0c"   # a pointer to the name in the question
 
 
@@ -170,10 +172,13 @@ class Nameserver:
 
     A name it has no record of does not exist (NXDOMAIN).  What delay(), drop()
     and the like say of a name is for queries of every type, or of the one given.
+
+    `flags` are those of its answers; the code and TC are added.
     """
 
     def __init__(self, host="127.0.0.1", port=0):
         self.queries = []       # a Query for each that came, in order
+        self.flags = RESPONSE
         self._zone = {}         # name: {type: [value, ...]}
         self._alone = {}        # alias: whether its answer stops there
         self._ways = {}         # (way, name, type or None): how to answer oddly
@@ -251,6 +256,15 @@ class Nameserver:
         """Over UDP nothing but TC; over TCP the whole answer."""
         self._odd("truncate", name, type, True)
 
+    def dislike_opt(self, name, code=None, type=None):
+        """Answers queries with an OPT record with this code, or not at all."""
+        self._odd("opt", name, type, "silence" if code is None else code)
+
+    def authority(self, name, *records, type=None):
+        """What stands in the authority section of its answers:
+        dns.authority("example.net", ("example.net", "NS", "ns.example.net"))"""
+        self._odd("authority", name, type, records)
+
     def raw(self, name, answer, type=None):
         """`answer(query)` takes and returns bytes; of a list or a generator each is sent."""
         self._odd("raw", name, type, answer)
@@ -288,6 +302,11 @@ class Nameserver:
             if left:
                 self._ways[key] = left - 1
                 return []
+        disliked = self._way("opt", query)[1] if query.edns_size is not None else None
+        if disliked == "silence":
+            return []
+        if disliked is not None:
+            return [header(query.id, self.flags | disliked) + question(packet)]
         time.sleep(self._way("delay", query)[1] or 0)
         raw = self._way("raw", query)[1]
         if raw:
@@ -297,13 +316,14 @@ class Nameserver:
 
     def _answer(self, packet, query):
         rcode, found = self._look_up(query)
-        flags = RESPONSE | rcode
+        authority = self._way("authority", query)[1] or ()
+        flags = self.flags | rcode
         opt = b"" if query.edns_size is None else struct.pack("!BHHIH", 0, TYPES["OPT"], 1232, 0, 0)
         asked = question(packet)
         seen = {}
         encode_name(query.name, 12, seen)       # where the question has it
         records = b""
-        for owner, type, value in found:
+        for owner, type, value in (*found, *authority):
             at = 12 + len(asked) + len(records)
             name = encode_name(owner, at, seen)
             data_at = at + len(name) + 10       # behind type, class, time to live, length
@@ -311,8 +331,8 @@ class Nameserver:
         limit = max(512, query.edns_size or 0)
         whole = 12 + len(asked) + len(records) + len(opt)
         if query.transport == "udp" and (whole > limit or self._way("truncate", query)[1]):
-            flags, found, records = flags | TRUNCATED, [], b""
-        return header(query.id, flags, 1, len(found), 0, 1 if opt else 0) + asked + records + opt
+            flags, found, authority, records = flags | TRUNCATED, [], (), b""
+        return header(query.id, flags, 1, len(found), len(authority), 1 if opt else 0) + asked + records + opt
 
     def _look_up(self, query):
         """The answer's code and its records, as (owner, type, value)."""
@@ -338,8 +358,11 @@ class Nameserver:
         if type == "MX":
             preference, exchanger = value
             return struct.pack("!H", preference) + encode_name(exchanger, at + 2, seen)
-        if type == "CNAME":
+        if type in ("CNAME", "NS"):
             return encode_name(value, at, seen)
+        if type == "SOA":       # `value` is the primary name server
+            names = encode_name(value, at, seen)
+            return names + encode_name("hostmaster." + value, at + len(names), seen) + struct.pack("!5I", 1, 2, 3, 4, 5)
         return ipaddress.ip_address(value).packed
 
 

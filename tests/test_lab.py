@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from lab import (RESPONSE, TO_QUESTION, TYPES, WATCHED, Client, Nameserver, encode_name, header,
+from lab import (RECURSION_AVAILABLE, RESPONSE, TO_QUESTION, TYPES, WATCHED, Client, Nameserver, encode_name, header,
                  loopback, query_id, question, record, transcript, wait_for)
 
 # ---- DNS: whole packets asked and compared --------------------------------------------
@@ -79,6 +79,30 @@ def test_codes_and_edns(dns, ask):
     assert ask("nobody.example.net", "MX", opt=OPT).endswith(OPT)
     assert [(q.name, q.type, q.transport, q.id, q.edns_size) for q in dns.queries[-2:]] == [
         ("sick.example.net", "MX", "udp", 0xABCD, None), ("nobody.example.net", "MX", "udp", 0xABCD, 1232)]
+
+
+def test_authority_and_flags(dns, ask):
+    dns.flags = RESPONSE & ~RECURSION_AVAILABLE
+    dns.rcode("empty.example.net", 0)
+    dns.authority("empty.example.net", ("example.net", "NS", "ns.example.net"), ("example.net", "SOA", "ns.example.net"),
+                  type="MX")
+    nameserver = b"\2ns\xc0\x12"                # behind "empty" in the question
+    assert ask("empty.example.net", "MX") == (
+        header(0xABCD, 0x8100, authority=2) + asked("empty.example.net", "MX")
+        + record(b"\xc0\x12", "NS", nameserver)
+        + record(b"\xc0\x12", "SOA", b"\xc0\x2f" b"\x0ahostmaster\xc0\x2f" + struct.pack("!5I", 1, 2, 3, 4, 5)))
+    assert ask("empty.example.net", "A") == header(0xABCD, 0x8100) + asked("empty.example.net", "A")
+
+
+def test_queries_with_opt_disliked(dns, ask):
+    for name in "silent.example.net", "refuses.example.net":
+        dns.a(name, "192.0.2.1")
+    dns.dislike_opt("silent.example.net")
+    dns.dislike_opt("refuses.example.net", 5)
+    assert ask("silent.example.net", "A", opt=OPT, timeout=0.1) is None
+    assert ask("refuses.example.net", "A", opt=OPT) == header(0xABCD, RESPONSE | 5) + asked("refuses.example.net", "A")
+    for name in "silent.example.net", "refuses.example.net":
+        assert ask(name, "A").endswith(bytes([192, 0, 2, 1]))
 
 
 def test_truncated_over_udp_whole_over_tcp(dns, ask):
