@@ -1,9 +1,10 @@
 /*
  * dns.c - names to addresses: a stub resolver after RFC 1035.
  *
- * It knows nothing of mail: names go in, records come out.  All queries of a
- * call are in flight at once, each on a socket of its own with a random port
- * and a random id, because whoever guesses both can forge an answer (RFC 5452).
+ * The resolver knows nothing of mail: names go in, records come out.  All
+ * queries of a call are under way at once.  Each has a socket of its own with a
+ * random port, and a random id, because an attacker who guesses both can forge
+ * the answer (RFC 5452).
  *
  * To run it alone:
  *
@@ -11,17 +12,20 @@
  *
  * Contents, to be read from the end:
  *   Addresses          text to address and back
- *   Waiting            sockets that do not block, and the clock
- *   Chance             ids and ports nobody can guess
- *   Packets            the only functions that touch an answer's bytes
- *   Answers            what an answer says, and whether it answers us
- *   Asking             UDP, then TCP where it has to be
+ *   Waiting            sockets that do not block, and the clocks
+ *   Random numbers     for ids and ports
+ *   Packets            the only functions that touch the octets of an answer
+ *   Answers            what an answer says, and whether it answers the query
+ *   Asking             UDP first, TCP where the answer is truncated
+ *   Name servers       reading resolv.conf
  */
 #include "smtp.h"
 
 #include <arpa/inet.h>
 #include <errno.h>
 #include <fcntl.h>
+#include <limits.h>
+#include <net/if.h>
 #include <netinet/tcp.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -31,17 +35,20 @@
 
 enum {
     DNS_PORT = 53,
-    NAME_LIMIT = 253,       /* a name as text: 255 octets on the wire (RFC 1035 2.3.4) */
+    NAME_LIMIT = 253,       /* octets of a name as text: 255 in a packet (RFC 1035 2.3.4) */
     QUERY_SIZE = 12 + 255 + 4 + 11,     /* header, name, type and class, OPT */
-    ANSWER_SIZE = 65535,    /* the most that TCP's two octets of length can say */
-    UDP_SIZE = 1232,        /* what we say we take (RFC 6891 6.2.5): no fragments */
-    ROUNDS = 3,             /* how often each server is asked ... */
-    FIRST_WAIT = 2000,      /* ... and how many ms it has, doubled every round */
-    TCP_WAIT = 5000,
+    ANSWER_SIZE = 65535,    /* the most that the two octets of length before a message over TCP can say */
+    UDP_SIZE = 1232,        /* the size that OPT asks for: it is not fragmented on the way (RFC 6891 6.2.5) */
+    ROUNDS = 3,             /* how often each server is asked */
+    FIRST_WAIT = 2000,      /* ms that a server has in the first round; twice as long in each further one */
+    TCP_WAIT = 5000,        /* ms for a query over TCP */
     CALL_LIMIT = 60000,     /* ms for all queries of a call, whatever the servers say */
     CHAIN_LIMIT = 8,        /* CNAMEs in a row; RFC 1034 3.6.2 wants none */
-    POINTER_LIMIT = 127     /* compression pointers in a name: it has no more labels */
+    POINTER_LIMIT = 127     /* compression pointers in a name, which has no more labels than that */
 };
+
+enum { CLASS_IN = 1 };
+enum { TYPE_NS = 2, TYPE_CNAME = 5, TYPE_SOA = 6 };     /* read in answers, never asked for: see enum dns_type */
 
 /* ==== Addresses ========================================================== */
 
@@ -254,13 +261,13 @@ int socket_open(const union address *to, int type)
 
     if (fd < 0)
         return -1;
-    if (fd >= FD_SETSIZE) {     /* in an fd_set it would overwrite what stands behind the set */
+    if (fd >= FD_SETSIZE) {     /* FD_SET() would write beyond the end of the set */
         close(fd);
         errno = EMFILE;
         return -1;
     }
     fcntl(fd, F_SETFL, O_NONBLOCK);
-    if (type == SOCK_STREAM)    /* a dialogue: what is written is wanted now, not when more has come */
+    if (type == SOCK_STREAM)    /* each side waits for the other: send at once, do not wait for more to send */
         setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &on, sizeof on);
     return fd;
 }
@@ -275,12 +282,12 @@ void watch_fd(int fd, fd_set *set, int *top)
 void wait_sets(int top, fd_set *readable, fd_set *writable, int64_t deadline)
 {
     int64_t left = deadline > clock_ms() ? deadline - clock_ms() : 0;
-    struct timeval timeout;     /* made anew each time: Linux's select() counts it down */
+    struct timeval timeout;     /* set before each call: Linux's select() counts it down */
 
     timeout.tv_sec = (time_t)(left / 1000);
     timeout.tv_usec = (suseconds_t)(left % 1000 * 1000);
     if (select(top + 1, readable, writable, NULL, &timeout) <= 0) {
-        FD_ZERO(readable);      /* a signal, or the end of time: the sets mean nothing */
+        FD_ZERO(readable);      /* a signal or the time-out: the sets mean nothing */
         FD_ZERO(writable);
     }
 }
@@ -300,56 +307,35 @@ bool wait_ready(int fd, bool writing, int64_t deadline)
     return false;
 }
 
-/* ==== Chance ============================================================= */
+/* ==== Random numbers ===================================================== */
 
-/* 16 bits that nobody can guess.  The pool is filled per process, so that a
- * child never hands out what its parent or its siblings did. */
-static unsigned random16(void)
+/* Fills `octets` with numbers that nobody can guess.  False: this system has
+ * none to give.  Nothing is kept for later, so a child of fork() never repeats
+ * what its parent used. */
+static bool get_random(unsigned char *octets, size_t size)
 {
-    static unsigned char pool[64];
-    static size_t left;
-    static pid_t owner;
+    int fd = open("/dev/urandom", O_RDONLY);
+    ssize_t got;
 
-    if (left == 0 || owner != getpid()) {
-        int fd = open("/dev/urandom", O_RDONLY);
-        ssize_t got = fd < 0 ? -1 : read(fd, pool, sizeof pool);
-
-        if (fd >= 0)
-            close(fd);
-        if (got != (ssize_t)sizeof pool) {
-            /* An empty chroot.  The clock's nanoseconds, the pid and where the
-             * loader put us, stirred by splitmix64, are harder to guess than a
-             * counter, but not secret: the random ports have to carry more. */
-            static uint64_t state;
-            struct timespec now;
-
-            clock_gettime(CLOCK_REALTIME, &now);
-            state ^= (uint64_t)now.tv_nsec << 32 ^ (uint64_t)now.tv_sec << 16 ^ (uint64_t)getpid() ^ (uintptr_t)&now;
-            for (size_t i = 0; i < sizeof pool; i++) {
-                uint64_t z = state += UINT64_C(0x9e3779b97f4a7c15);
-                z = (z ^ z >> 30) * UINT64_C(0xbf58476d1ce4e5b9);
-                z = (z ^ z >> 27) * UINT64_C(0x94d049bb133111eb);
-                pool[i] = (unsigned char)(z >> 56);
-            }
-        }
-        left = sizeof pool;
-        owner = getpid();
-    }
-    left -= 2;
-    return (unsigned)pool[left] << 8 | pool[left + 1];
+    if (fd < 0)
+        return false;
+    got = read(fd, octets, size);
+    close(fd);
+    return got == (ssize_t)size;
 }
 
 /* ==== Packets ============================================================ */
 
-/* A place in an answer.  Everything is read through get() and get_name(), which
- * never pass the end of what was received and make `bad` stick. */
+/* A place in an answer.  All of an answer is read through get(), get_name() and
+ * get_record(), which never pass the end of what was received.  Once one of them
+ * would have to, `bad` stays set. */
 struct cursor {
     const unsigned char *bytes;
     size_t size, at;
     bool bad;
 };
 
-/* A number of `octets` octets, the most significant first. */
+/* Reads a number of `octets` octets, the most significant first. */
 static unsigned long get(struct cursor *c, size_t octets)
 {
     unsigned long value = 0;
@@ -364,48 +350,80 @@ static unsigned long get(struct cursor *c, size_t octets)
     return value;
 }
 
-/* A name, with its compression (RFC 1035 4.1.4) undone.  A pointer has to lead
- * to before the place where the piece it stands in began, so there is an end;
- * and there are not many of them, so that it comes soon. */
+/* Appends a label of `length` octets, which the cursor stands at, to a name.
+ * Names reach logs and files, so an octet that is not printable, or that would
+ * pass for the dot between two labels, becomes '?': no host has such a name. */
+static void get_label(struct cursor *c, size_t length, char name[DNS_NAME_SIZE])
+{
+    size_t used = strlen(name), dot = used > 0 ? 1 : 0;
+
+    if (length > LABEL_LIMIT || length > c->size - c->at || used + dot + length > NAME_LIMIT) {
+        c->bad = true;
+        return;
+    }
+    if (used > 0)
+        name[used++] = '.';
+    for (; length > 0; length--) {
+        unsigned char octet = c->bytes[c->at++];
+
+        name[used++] = octet > ' ' && octet < 0x7F && octet != '.' ? (char)octet : '?';
+    }
+    name[used] = '\0';
+}
+
+/* Reads a name and undoes its compression (RFC 1035 4.1.4).  A pointer must lead
+ * to before the start of the piece of the name that it ends, so there is no loop;
+ * and a name may have few of them, so that a long ladder of pointers, walked for
+ * each of many records, costs little time. */
 static void get_name(struct cursor *c, char name[DNS_NAME_SIZE])
 {
-    size_t used = 0, start = c->at, behind = 0, pointers = 0;
+    size_t piece = c->at, behind = 0, pointers = 0, length;
 
     name[0] = '\0';
-    for (;;) {
-        size_t length = get(c, 1);
-
+    while (!c->bad && (length = get(c, 1)) > 0) {
         if (length >= 0xC0) {
             size_t target = (length & 0x3F) << 8 | get(c, 1);
+
             if (behind == 0)
-                behind = c->at;
-            if (target >= start || ++pointers > POINTER_LIMIT)
+                behind = c->at;         /* what follows the name follows its first pointer */
+            if (target >= piece || ++pointers > POINTER_LIMIT)
                 c->bad = true;
             else
-                start = c->at = target;
-        } else if (length > LABEL_LIMIT || length > c->size - c->at
-            || (length > 0 && used + (used > 0) + length > NAME_LIMIT)) {
-            c->bad = true;
-        } else if (length > 0) {
-            if (used > 0)
-                name[used++] = '.';
-            for (; length > 0; length--, used++) {
-                unsigned char octet = c->bytes[c->at++];
-                /* Names go into logs and files: what is not printable, or
-                 * would pass for a dot between labels, is no host of ours. */
-                name[used] = octet > ' ' && octet < 0x7F && octet != '.' ? (char)octet : '?';
-            }
-            name[used] = '\0';
+                piece = c->at = target;
         } else {
-            break;
-        }
-        if (c->bad) {
-            name[0] = '\0';
-            return;
+            get_label(c, length, name);
         }
     }
-    if (behind != 0)
+    if (c->bad)
+        name[0] = '\0';
+    else if (behind != 0)
         c->at = behind;
+}
+
+/* A resource record (RFC 1035 4.1.3).  Its time to live is left out: nothing is
+ * cached. */
+struct resource {
+    char owner[DNS_NAME_SIZE];
+    unsigned long type, class;
+    struct cursor data;     /* stands at the data, and ends with the packet: a name there may point back */
+    size_t size;            /* octets of data */
+};
+
+/* Reads a record and moves behind it.  False: there is no whole record here. */
+static bool get_record(struct cursor *c, struct resource *r)
+{
+    get_name(c, r->owner);
+    r->type = get(c, 2);
+    r->class = get(c, 2);
+    get(c, 4);
+    r->size = get(c, 2);
+    if (c->bad || r->size > c->size - c->at) {
+        c->bad = true;
+        return false;
+    }
+    r->data = *c;
+    c->at += r->size;
+    return true;
 }
 
 static size_t put16(unsigned char *out, unsigned value)
@@ -415,19 +433,13 @@ static size_t put16(unsigned char *out, unsigned value)
     return 2;
 }
 
-/* Writes a query (RFC 1035 4.1).  Returns its size, 0 if `name` can be no name. */
-static size_t put_query(unsigned char out[QUERY_SIZE], unsigned id, const char *name, enum dns_type type, bool edns)
+/* Writes a name without compression.  Returns its size; 0: no name can be so. */
+static size_t put_name(unsigned char *out, const char *name)
 {
     size_t n = 0;
 
     if (strlen(name) > NAME_LIMIT)
         return 0;
-    n += put16(out + n, id);
-    n += put16(out + n, 0x0100);        /* a query; recursion desired */
-    n += put16(out + n, 1);             /* one question, */
-    n += put16(out + n, 0);
-    n += put16(out + n, 0);
-    n += put16(out + n, edns ? 1 : 0);  /* and our OPT */
     while (*name != '\0') {
         size_t length = strcspn(name, ".");
 
@@ -436,13 +448,34 @@ static size_t put_query(unsigned char out[QUERY_SIZE], unsigned id, const char *
         out[n++] = (unsigned char)length;
         memcpy(out + n, name, length);
         n += length;
-        name += length + (name[length] == '.');
+        name += length;
+        if (*name == '.')
+            name++;
     }
     out[n++] = 0;
+    return n;
+}
+
+/* Writes a query (RFC 1035 4.1).  Returns its size; 0: no name can be so. */
+static size_t put_query(unsigned char out[QUERY_SIZE], unsigned id, const char *name, enum dns_type type, bool edns)
+{
+    size_t n = 0, name_size;
+
+    n += put16(out + n, id);
+    n += put16(out + n, 0x0100);        /* a query; recursion desired */
+    n += put16(out + n, 1);             /* one question, */
+    n += put16(out + n, 0);
+    n += put16(out + n, 0);
+    n += put16(out + n, edns ? 1 : 0);  /* and the OPT record in the additional section */
+    name_size = put_name(out + n, name);
+    if (name_size == 0)
+        return 0;
+    n += name_size;
     n += put16(out + n, type);
-    n += put16(out + n, 1);             /* class IN */
-    if (edns) {                         /* RFC 6891 6.1.2: root, OPT, our size, no flags, no data */
+    n += put16(out + n, CLASS_IN);
+    if (edns) {                         /* RFC 6891 6.1.2: root, OPT, the size, no flags, no data */
         static const unsigned char opt[] = { 0, 0, 41, UDP_SIZE >> 8, UDP_SIZE & 255, 0, 0, 0, 0, 0, 0 };
+
         memcpy(out + n, opt, sizeof opt);
         n += sizeof opt;
     }
@@ -451,245 +484,307 @@ static size_t put_query(unsigned char out[QUERY_SIZE], unsigned id, const char *
 
 /* ==== Answers ============================================================ */
 
-/* A query on its way. */
+/* A query under way.  In `failed` and `plain`, bit i stands for server i. */
 struct flight {
     struct dns_query *query;
-    char name[DNS_NAME_SIZE];   /* asked for now: down a chain of CNAMEs, the last target */
-    int fd;                     /* its socket, or -1 */
-    unsigned id;
-    unsigned tries;             /* servers asked in vain */
-    unsigned broken;            /* servers that said they cannot, a bit for each */
+    char name[DNS_NAME_SIZE];   /* the name to ask for now: that of the query, or a CNAME's target */
+    int fd;                     /* the socket of the try under way, or -1 */
+    unsigned id;                /* the id of the try under way */
+    bool edns;                  /* the try under way carries an OPT record */
+    size_t server;              /* the server that is asked in the try under way: its index */
+    unsigned tries;             /* tries for this name that got no usable answer */
+    unsigned failed;            /* servers that have no usable answer for this name */
+    unsigned plain;             /* servers to ask without OPT */
     unsigned links;             /* CNAMEs followed */
-    bool edns;                  /* asked with an OPT record */
-    bool heard;                 /* its answer has a record of the name asked for */
-    bool spoiled;               /* a record of its answer was malformed */
-    bool done;
-    int64_t deadline;           /* of the server that is asked */
-    int64_t end;                /* of the call */
+    bool spoiled;               /* a record of the answer was malformed */
+    bool done;                  /* the query has its status */
+    int64_t deadline;           /* when the try under way ends */
+    int64_t end;                /* when the whole call ends */
 };
 
+/* What an answer means for its flight. */
 enum verdict {
-    NOT_OURS,       /* not the answer to this query: wait on */
+    NOT_OURS,       /* it answers another question, or a forger sent it: wait on */
     FINISHED,       /* the query has its status */
-    RENAMED,        /* a chain of CNAMEs leads out of this answer: ask again */
-    NO_EDNS,        /* the server does not know EDNS0: ask without */
+    RENAMED,        /* it ends with a CNAME: ask for f->name, its target */
+    NO_EDNS,        /* the server may dislike the OPT record: ask it without */
     TRUNCATED,      /* ask over TCP */
-    BROKEN          /* this server has no answer for us: ask another */
+    BROKEN          /* the server has no usable answer: ask another */
 };
 
-/* Adds the record that begins at `c` and is `size` octets long to the query's
- * answer.  False: it is malformed. */
-static bool take_record(struct dns_query *q, struct cursor *c, size_t size)
-{
-    struct dns_record record;
-    size_t at = q->count, end = c->at + size;
+/* The flags and codes of a header: RFC 1035 4.1.1. */
+enum { RESPONSE = 0x8000, OPCODE = 0x7800, AA = 0x0400, TC = 0x0200, RCODE = 0x000F };
+enum { NOERROR = 0, FORMERR = 1, SERVFAIL = 2, NXDOMAIN = 3, NOTIMP = 4, REFUSED = 5 };
 
-    memset(&record, 0, sizeof record);
-    if (q->type == DNS_MX) {
-        record.preference = (unsigned)get(c, 2);
-        get_name(c, record.name);
-        if (c->bad || c->at != end)
-            return false;
-        while (at > 0 && q->records[at - 1].preference > record.preference)
-            at--;               /* kept sorted, the first come first among equals */
-    } else if (q->type == DNS_A && size == 4) {
-        record.address.in.sin_family = AF_INET;
-        memcpy(&record.address.in.sin_addr, c->bytes + c->at, size);
-    } else if (q->type == DNS_AAAA && size == 16) {
-        record.address.in6.sin6_family = AF_INET6;
-        memcpy(&record.address.in6.sin6_addr, c->bytes + c->at, size);
-    } else {
-        return false;
+struct head {
+    unsigned long id, flags, rcode;
+    unsigned long questions, answers, authorities;      /* how many records each section has */
+};
+
+static enum verdict broken(struct flight *f, const char *why)
+{
+    f->query->count = 0;
+    f->query->why = why;
+    return BROKEN;
+}
+
+static enum verdict finished(struct flight *f, enum dns_status status)
+{
+    f->query->status = status;
+    return FINISHED;
+}
+
+/* Reads the data of a record of the type asked for.  False: it is malformed. */
+static bool read_data(enum dns_type type, const struct resource *r, struct dns_record *record)
+{
+    struct cursor data = r->data;
+
+    memset(record, 0, sizeof *record);
+    if (type == DNS_MX) {
+        record->preference = (unsigned)get(&data, 2);
+        get_name(&data, record->name);
+        return !data.bad && data.at == r->data.at + r->size;
     }
-    if (at >= DNS_RECORDS)
-        return true;
-    if (q->count == DNS_RECORDS)
-        q->count--;             /* the least preferred makes room */
-    memmove(&q->records[at + 1], &q->records[at], (q->count - at) * sizeof record);
-    q->records[at] = record;
-    q->count++;
+    if (r->size != (type == DNS_A ? 4 : 16))
+        return false;
+    address_set(&record->address, data.bytes + data.at, r->size, 0);
     return true;
 }
 
-/* Goes once through `answers` records: takes those that belong to f->name, and
- * leaves in `target` where a CNAME says the name lives in truth. */
-static void scan_answers(struct flight *f, struct cursor *c, unsigned long answers, char target[DNS_NAME_SIZE])
+/* Adds a record to the query's answer, which is sorted by preference, and in
+ * which the first come first among equals. */
+static void add_record(struct dns_query *q, const struct dns_record *record)
 {
-    char owner[DNS_NAME_SIZE];
+    size_t at = q->count;
 
+    while (at > 0 && q->records[at - 1].preference > record->preference)
+        at--;
+    if (at >= DNS_RECORDS)
+        return;
+    if (q->count == DNS_RECORDS)
+        q->count--;             /* the least preferred makes room */
+    memmove(&q->records[at + 1], &q->records[at], (q->count - at) * sizeof *record);
+    q->records[at] = *record;
+    q->count++;
+}
+
+/* Reads the `count` records of the answer section at `c` once: takes those that
+ * f->name has of the type asked for.  Leaves in `target` what a CNAME of f->name
+ * says; "" where there is none. */
+static void scan_answers(struct flight *f, struct cursor *c, unsigned long count, char target[DNS_NAME_SIZE])
+{
+    struct dns_record record;
+    struct resource r;
+
+    f->query->count = 0;
+    f->spoiled = false;
     target[0] = '\0';
-    while (answers-- > 0 && !c->bad) {
-        unsigned long type, class;
-        size_t size, end;
-
-        get_name(c, owner);
-        type = get(c, 2);
-        class = get(c, 2);
-        get(c, 4);              /* time to live: we keep nothing */
-        size = get(c, 2);
-        if (c->bad || size > c->size - c->at) {
-            c->bad = true;
-            return;
-        }
-        end = c->at + size;
-        if (class == 1 && strcasecmp(owner, f->name) == 0) {
-            struct cursor data = *c;
-
-            f->heard = true;
-            if (type == (unsigned long)f->query->type && !take_record(f->query, &data, size))
+    while (count-- > 0 && get_record(c, &r)) {
+        if (r.class != CLASS_IN || strcasecmp(r.owner, f->name) != 0)
+            continue;
+        if (r.type == TYPE_CNAME) {
+            get_name(&r.data, target);
+            f->spoiled = f->spoiled || r.data.bad;
+        } else if (r.type == (unsigned long)f->query->type) {
+            if (read_data(f->query->type, &r, &record))
+                add_record(f->query, &record);
+            else
                 f->spoiled = true;
-            else if (type == DNS_CNAME)
-                get_name(&data, target);
-            f->spoiled = f->spoiled || data.bad;
         }
-        c->at = end;
     }
 }
 
-/* Reads the answer section that begins at `c`, along the CNAMEs in it. */
-static enum verdict read_records(struct flight *f, const struct cursor *c, unsigned long answers, bool nxdomain)
+/* Reads the authority section at `c`.  True: it names other servers to ask, and
+ * says nothing about the name: NS records, and no SOA record (RFC 2308 2.2). */
+static bool is_referral(struct cursor *c, unsigned long count)
 {
-    bool moved = false;
+    struct resource r;
+    bool ns = false, soa = false;
+
+    while (count-- > 0 && get_record(c, &r)) {
+        ns = ns || r.type == TYPE_NS;
+        soa = soa || r.type == TYPE_SOA;
+    }
+    return ns && !soa;
+}
+
+/* Reads the answer section, which begins at `answers`, along the CNAMEs in it,
+ * and the authority section where no record answers the question. */
+static enum verdict read_records(struct flight *f, const struct head *head, const struct cursor *answers)
+{
+    char target[DNS_NAME_SIZE];
+    bool moved = false, referral;
+    struct cursor c;
 
     for (;;) {
-        char target[DNS_NAME_SIZE];
-        struct cursor pass = *c;
-
-        f->query->count = 0;
-        f->heard = f->spoiled = false;
-        scan_answers(f, &pass, answers, target);
-        /* One bad record spoils only itself, unless it is all there is. */
-        if (pass.bad || (f->spoiled && f->query->count == 0)) {
-            f->query->count = 0;
-            f->query->why = "malformed answer from the name server";
-            return BROKEN;
-        }
-        if (f->query->count > 0) {
-            f->query->status = DNS_FOUND;
-            return FINISHED;
-        }
+        c = *answers;
+        scan_answers(f, &c, head->answers, target);
+        /* A malformed record spoils only itself, unless there is no good one. */
+        if (c.bad || (f->spoiled && f->query->count == 0))
+            return broken(f, "malformed answer from the name server");
+        if (f->query->count > 0)
+            return finished(f, DNS_FOUND);
         if (target[0] == '\0')
             break;
         if (++f->links > CHAIN_LIMIT) {
             f->query->why = "too many CNAMEs in a row";
-            f->query->status = DNS_FAILED;
-            return FINISHED;
+            return finished(f, DNS_FAILED);
         }
         strcpy(f->name, target);
         moved = true;
     }
-    if (moved && !nxdomain)
+    if (head->rcode == NXDOMAIN)
+        return finished(f, DNS_NXDOMAIN);
+    if (moved)
         return RENAMED;
-    if (!moved && answers > 0 && !f->heard)
-        return NOT_OURS;        /* records, and none of them is about what we asked */
-    f->query->status = nxdomain ? DNS_NXDOMAIN : DNS_NODATA;
-    return FINISHED;
+    /* RFC 2308 2.2: no relevant answer means that the name has no such record,
+     * whatever AA and RA say, except where the server refers to others. */
+    referral = is_referral(&c, head->authorities);
+    if (c.bad)
+        return broken(f, "malformed answer from the name server");
+    if (referral && (head->flags & AA) == 0)
+        return broken(f, "the name server only refers to others: it does not recurse");
+    return finished(f, DNS_NODATA);
+}
+
+/* Whether the question at `c` is the one that the flight asks. */
+static bool is_same_question(const struct flight *f, struct cursor *c)
+{
+    char name[DNS_NAME_SIZE];
+    unsigned long type, class;
+
+    get_name(c, name);
+    type = get(c, 2);
+    class = get(c, 2);
+    return !c->bad && type == (unsigned long)f->query->type && class == CLASS_IN && strcasecmp(name, f->name) == 0;
+}
+
+static const char *rcode_text(unsigned long rcode)
+{
+    if (rcode == SERVFAIL)
+        return "the name server answers SERVFAIL";
+    if (rcode == REFUSED)
+        return "the name server answers REFUSED";
+    return "the name server answers with an error";
 }
 
 static enum verdict read_answer(struct flight *f, const unsigned char *bytes, size_t size)
 {
-    enum { RESPONSE = 0x8000, OPCODE = 0x7800, AA = 0x0400, TC = 0x0200, RA = 0x0080, RCODE = 0x000F };
-    enum { NOERROR = 0, FORMERR = 1, SERVFAIL = 2, NXDOMAIN = 3, NOTIMP = 4, REFUSED = 5 };
     struct cursor c = { bytes, size, 0, false };
-    char name[DNS_NAME_SIZE];
-    unsigned long id = get(&c, 2), flags = get(&c, 2), rcode = flags & RCODE;
-    unsigned long questions = get(&c, 2), answers = get(&c, 2);
+    struct head head;
 
-    get(&c, 4);     /* the authority and additional sections: nobody's word but the answer's is taken */
-    if (c.bad || id != f->id || (flags & (RESPONSE | OPCODE)) != RESPONSE)
+    head.id = get(&c, 2);
+    head.flags = get(&c, 2);
+    head.rcode = head.flags & RCODE;
+    head.questions = get(&c, 2);
+    head.answers = get(&c, 2);
+    head.authorities = get(&c, 2);
+    get(&c, 2);             /* the additional section: other names' records, which are not believed */
+    if (c.bad || head.id != f->id || (head.flags & (RESPONSE | OPCODE)) != RESPONSE)
         return NOT_OURS;
-    if (questions == 1) {
-        unsigned long type, class;
-
-        get_name(&c, name);
-        type = get(&c, 2);
-        class = get(&c, 2);
-        if (c.bad || type != (unsigned long)f->query->type || class != 1 || strcasecmp(name, f->name) != 0)
+    if (head.questions == 1) {
+        if (!is_same_question(f, &c))
             return NOT_OURS;
-    } else if (questions != 0 || (rcode != FORMERR && rcode != NOTIMP)) {
-        return NOT_OURS;        /* only who could not read the question may leave it out */
+    } else if (head.questions != 0 || (head.rcode != FORMERR && head.rcode != NOTIMP)) {
+        return NOT_OURS;    /* only a server that cannot read the question may leave it out */
     }
-    if (flags & TC)
+    if (head.flags & TC)
         return TRUNCATED;
-    if (f->edns && (rcode == FORMERR || rcode == NOTIMP))
+    if (head.rcode == NOERROR || head.rcode == NXDOMAIN)
+        return read_records(f, &head, &c);
+    /* A server that does not know OPT says FORMERR or NOTIMP (RFC 6891 7), and
+     * some say SERVFAIL or REFUSED.  Without OPT they may well answer. */
+    if (f->edns)
         return NO_EDNS;
-    if (rcode != NOERROR && rcode != NXDOMAIN) {
-        f->query->why = rcode == SERVFAIL ? "the name server answers SERVFAIL" : rcode == REFUSED ?
-            "the name server answers REFUSED" : "the name server answers with an error";
-        return BROKEN;
-    }
-    if (rcode == NOERROR && answers == 0 && (flags & (AA | RA)) == 0) {
-        f->query->why = "the name server only refers to others: it does not recurse";
-        return BROKEN;
-    }
-    return read_records(f, &c, answers, rcode == NXDOMAIN);
+    return broken(f, rcode_text(head.rcode));
 }
 
 /* ==== Asking ============================================================= */
 
-/* Gives the socket a random port.  The kernel would choose one too, but not
- * every kernel chooses at random. */
-static void bind_random_port(int fd, const union address *to)
+/* Gives the socket the port that `secret`, 0 to 65535, leads to, or the next free
+ * one.  The kernel would choose a port too, but not every kernel chooses at
+ * random. */
+static void bind_random_port(int fd, const union address *to, unsigned secret)
 {
     union address from;
 
     memset(&from, 0, sizeof from);
     from.sa.sa_family = to->sa.sa_family;
-    for (int i = 0; i < 10; i++) {
-        address_set_port(&from, 1024 + random16() % (65536 - 1024));
+    for (unsigned i = 0; i < 10; i++) {
+        address_set_port(&from, 1024 + (secret + i) % (65536 - 1024));
         if (bind(fd, &from.sa, address_size(&from)) == 0)
             return;
     }
 }
 
-static void finish(struct flight *f, enum dns_status status)
+static void end_flight(struct flight *f, enum dns_status status)
 {
     f->query->status = status;
     f->done = true;
 }
 
-/* Sends the query to the server whose turn it is.  The socket is connected, so
- * that the kernel keeps away what comes from any other address or port. */
+/* Opens a socket for the query and sends it.  The socket is connected, so that
+ * the kernel keeps away what comes from any other address or port.  Returns the
+ * socket, or -1: this server cannot even be asked. */
+static int send_packet(const union address *server, unsigned secret, const unsigned char *query, size_t size)
+{
+    int fd = socket_open(server, SOCK_DGRAM);
+
+    if (fd < 0)
+        return -1;
+    bind_random_port(fd, server, secret);
+    if (connect(fd, &server->sa, address_size(server)) == 0 && send(fd, query, size, 0) == (ssize_t)size)
+        return fd;
+    close(fd);
+    return -1;
+}
+
+/* Begins a try: sends the query to the server whose turn it is, from a new port
+ * and with a new id. */
 static void send_query(struct flight *f, const struct nameservers *servers)
 {
-    const union address *server = &servers->server[f->tries % servers->count];
-    unsigned char query[QUERY_SIZE];
+    unsigned char query[QUERY_SIZE], secret[4];
     size_t size;
 
     if (f->fd >= 0)
         close(f->fd);
-    f->id = random16();
-    size = put_query(query, f->id, f->name, f->query->type, f->edns);
-    if (size == 0) {
-        f->fd = -1;
-        finish(f, DNS_NXDOMAIN);
+    f->fd = -1;
+    if (!get_random(secret, sizeof secret)) {   /* to guess the id and the port is to forge the answer */
+        f->query->why = "cannot read /dev/urandom, without which answers could be forged";
+        end_flight(f, DNS_FAILED);
         return;
     }
-    f->deadline = clock_ms() + ((int64_t)FIRST_WAIT << f->tries / servers->count);
-    if (f->deadline > f->end)
-        f->deadline = f->end;
-    f->fd = socket_open(server, SOCK_DGRAM);
-    if (f->fd >= 0) {
-        bind_random_port(f->fd, server);
-        if (connect(f->fd, &server->sa, address_size(server)) == 0 && send(f->fd, query, size, 0) == (ssize_t)size)
-            return;
-        close(f->fd);
-        f->fd = -1;
+    f->id = (unsigned)secret[0] << 8 | secret[1];
+    f->server = f->tries % servers->count;
+    f->edns = (f->plain & 1u << f->server) == 0;
+    size = put_query(query, f->id, f->name, f->query->type, f->edns);
+    if (size == 0) {
+        end_flight(f, DNS_NXDOMAIN);
+        return;
     }
-    f->deadline = 0;        /* this server cannot even be asked: the next, now */
+    f->fd = send_packet(&servers->server[f->server], (unsigned)secret[2] << 8 | secret[3], query, size);
+    f->deadline = clock_ms() + ((int64_t)FIRST_WAIT << f->tries / servers->count);
+    if (f->fd < 0)
+        f->deadline = 0;        /* try the next server at once */
+    else if (f->deadline > f->end)
+        f->deadline = f->end;
 }
 
-/* The next server, the next round, or the end. */
+/* Ends a try without a usable answer, and begins the next one.  The server is
+ * asked without OPT from now on: it, or a firewall before it, may drop queries
+ * that have one. */
 static void try_next(struct flight *f, const struct nameservers *servers)
 {
+    f->plain |= 1u << f->server;
     f->tries++;
-    if (f->tries >= servers->count * ROUNDS || f->broken == (1u << servers->count) - 1 || clock_ms() >= f->end)
-        finish(f, DNS_FAILED);
+    if (f->tries >= servers->count * ROUNDS || f->failed == (1u << servers->count) - 1 || clock_ms() >= f->end)
+        end_flight(f, DNS_FAILED);
     else
         send_query(f, servers);
 }
 
-/* Reads or writes exactly `size` octets before the deadline. */
+/* Reads or writes exactly `size` octets.  False: the connection broke, or
+ * clock_ms() has reached the deadline. */
 static bool transfer(int fd, bool writing, unsigned char *bytes, size_t size, int64_t deadline)
 {
     while (size > 0) {
@@ -708,30 +803,41 @@ static bool transfer(int fd, bool writing, unsigned char *bytes, size_t size, in
     return true;
 }
 
-/* The same question over TCP, each message behind two octets of length (RFC
- * 1035 4.2.2).  In plain sequence, for truncation is rare: the other flights
- * wait.  Returns the answer's size, 0 for none. */
+/* Sends a query over the TCP socket and reads the answer: each message has two
+ * octets of length before it (RFC 1035 4.2.2).  Returns the answer's size; 0:
+ * there is none. */
+static size_t ask_stream(int fd, unsigned char *query, size_t size, unsigned char answer[ANSWER_SIZE], int64_t deadline)
+{
+    unsigned char length[2];
+
+    if (!transfer(fd, true, query, size, deadline) || !transfer(fd, false, length, sizeof length, deadline))
+        return 0;
+    size = (size_t)length[0] << 8 | length[1];
+    return transfer(fd, false, answer, size, deadline) ? size : 0;
+}
+
+/* Asks the same question over TCP.  The other flights wait meanwhile, because
+ * truncation is rare.  Returns the answer's size; 0: there is none. */
 static size_t ask_over_tcp(const struct flight *f, const union address *server, unsigned char answer[ANSWER_SIZE])
 {
-    unsigned char query[2 + QUERY_SIZE], length[2];
+    unsigned char query[2 + QUERY_SIZE];
     int64_t deadline = clock_ms() + TCP_WAIT < f->end ? clock_ms() + TCP_WAIT : f->end;
     size_t size = put_query(query + 2, f->id, f->name, f->query->type, f->edns);
     int fd = socket_open(server, SOCK_STREAM);
-    bool ok;
 
     if (fd < 0)
         return 0;
     put16(query, (unsigned)size);
-    ok = (connect(fd, &server->sa, address_size(server)) == 0 || errno == EINPROGRESS)
-        && transfer(fd, true, query, 2 + size, deadline)
-        && transfer(fd, false, length, sizeof length, deadline);
-    size = ok ? (size_t)length[0] << 8 | length[1] : 0;
-    ok = ok && transfer(fd, false, answer, size, deadline);
+    if (connect(fd, &server->sa, address_size(server)) == 0 || errno == EINPROGRESS)
+        size = ask_stream(fd, query, 2 + size, answer, deadline);
+    else
+        size = 0;
     close(fd);
-    return ok ? size : 0;
+    return size;
 }
 
-/* Takes what has come for a flight. */
+/* Reads one packet from the flight's socket, which is readable, and does what
+ * the packet asks for. */
 static void receive(struct flight *f, const struct nameservers *servers)
 {
     static unsigned char answer[ANSWER_SIZE];
@@ -740,39 +846,40 @@ static void receive(struct flight *f, const struct nameservers *servers)
 
     if (got < 0 && (errno == EAGAIN || errno == EINTR))
         return;
-    /* An error here is an ICMP message: nobody listens at that port. */
-    verdict = got < 0 ? BROKEN : read_answer(f, answer, (size_t)got);
-    if (got < 0)
-        f->query->why = "the name server does not answer";
+    if (got < 0)            /* an ICMP message: nobody listens at that port */
+        verdict = broken(f, "the name server does not answer");
+    else
+        verdict = read_answer(f, answer, (size_t)got);
     if (verdict == TRUNCATED) {
-        size_t size = ask_over_tcp(f, &servers->server[f->tries % servers->count], answer);
+        size_t size = ask_over_tcp(f, &servers->server[f->server], answer);
 
-        f->query->why = "the name server truncates its answer and is not to be had over TCP";
         verdict = read_answer(f, answer, size);
         if (verdict == TRUNCATED || verdict == NOT_OURS)
-            verdict = BROKEN;
+            verdict = broken(f, "the name server truncates its answer and is not to be had over TCP");
     }
     switch (verdict) {
-    case NOT_OURS:
-        break;
     case FINISHED:
         f->done = true;
         break;
-    case NO_EDNS:
-        f->edns = false;
-        send_query(f, servers);
-        break;
     case RENAMED:
-        f->tries = f->broken = 0;
+        f->tries = f->failed = 0;
         send_query(f, servers);
         break;
-    default:
-        f->broken |= 1u << f->tries % servers->count;
+    case NO_EDNS:
+        f->plain |= 1u << f->server;
+        send_query(f, servers);
+        break;
+    case BROKEN:
+        f->failed |= 1u << f->server;
         try_next(f, servers);
+        break;
+    default:                /* another packet may be the answer */
+        break;
     }
 }
 
-/* One turn of waiting for all flights.  False: all are done. */
+/* Waits once for all flights, and serves those that can go on.  False: all are
+ * done. */
 static bool serve_flights(struct flight *flights, size_t count, const struct nameservers *servers)
 {
     int64_t first = INT64_MAX, now;
@@ -789,20 +896,18 @@ static bool serve_flights(struct flight *flights, size_t count, const struct nam
         if (f->deadline < first)
             first = f->deadline;
         if (f->fd >= 0)
-            FD_SET(f->fd, &set);
-        if (f->fd > top)
-            top = f->fd;
+            watch_fd(f->fd, &set, &top);
     }
     if (!flying)
         return false;
     wait_sets(top, &set, &none, first);
-    now = clock_ms();       /* of this turn: the time that one spends on TCP is not the others' */
+    now = clock_ms();       /* one time for all: what a flight spends on TCP is not taken from the others */
     for (struct flight *f = flights; f < flights + count; f++) {
         if (f->done)
             continue;
         if (f->fd >= 0 && FD_ISSET(f->fd, &set))
             receive(f, servers);
-        if (!f->done && now >= f->deadline)     /* whoever floods us with forgeries gains no time by it */
+        if (!f->done && now >= f->deadline)     /* even after a packet: a flood of forgeries gains no time */
             try_next(f, servers);
     }
     return true;
@@ -823,10 +928,9 @@ void dns_ask(const struct nameservers *servers, struct dns_query *queries, size_
         f->query->count = 0;
         f->query->why = "no answer from the name servers";
         f->fd = -1;
-        f->edns = true;
         f->end = end;
         if (strlen(f->query->name) > NAME_LIMIT) {
-            finish(f, DNS_NXDOMAIN);    /* longer than any name there is */
+            end_flight(f, DNS_NXDOMAIN);    /* no name is so long */
         } else {
             strcpy(f->name, f->query->name);
             send_query(f, servers);
@@ -839,19 +943,79 @@ void dns_ask(const struct nameservers *servers, struct dns_query *queries, size_
             close(flights[i].fd);
 }
 
+/* ==== Name servers ======================================================= */
+
+/* The index of an interface that is given by its name or by its number (RFC
+ * 4007 11.2).  0: there is no such interface. */
+static unsigned interface_index(const char *zone)
+{
+    char name[IF_NAMESIZE], *end;
+    unsigned long number = strtoul(zone, &end, 10);
+    unsigned index = if_nametoindex(zone);
+
+    if (index == 0 && *zone >= '0' && *zone <= '9' && *end == '\0' && number <= UINT_MAX
+        && if_indextoname((unsigned)number, name) != NULL)
+        index = (unsigned)number;
+    return index;
+}
+
+const char *nameserver_parse(const char *text, union address *a)
+{
+    char host[DNS_NAME_SIZE], *zone;
+    unsigned port;
+
+    if (!endpoint_parse(text, DNS_PORT, host, &port))
+        return "not an address";
+    zone = strchr(host, '%');
+    if (zone != NULL)
+        *zone++ = '\0';
+    if (!address_parse(host, port, a) || (zone != NULL && a->sa.sa_family != AF_INET6))
+        return "not an address";
+    if (zone != NULL) {
+        a->in6.sin6_scope_id = interface_index(zone);
+        if (a->in6.sin6_scope_id == 0)
+            return "there is no such interface";
+    } else if (a->sa.sa_family == AF_INET6 && IN6_IS_ADDR_LINKLOCAL(&a->in6.sin6_addr)) {
+        return "a link-local address needs its interface, as in fe80::1%eth0";
+    }
+    return NULL;
+}
+
+/* Adds what a nameserver line names to the servers, or says why not. */
+static void add_server(struct nameservers *servers, const char *text)
+{
+    size_t used = strlen(servers->passed_over);
+    union address a;
+    const char *why = nameserver_parse(text, &a);
+
+    if (why == NULL && servers->count == NAMESERVERS)
+        why = "three are enough";
+    if (why == NULL)
+        servers->server[servers->count++] = a;
+    else
+        snprintf(servers->passed_over + used, sizeof servers->passed_over - used, "%s%.80s (%s)",
+            used > 0 ? ", " : "", text, why);
+}
+
 void dns_servers(const char *path, struct nameservers *servers)
 {
     static const char blanks[] = " \t\r\n";
     FILE *file = fopen(path, "r");
-    char line[256];
+    char piece[256];            /* of a line, which may be longer */
+    bool begins_line = true;
 
-    servers->count = 0;
-    while (file != NULL && servers->count < NAMESERVERS && fgets(line, sizeof line, file) != NULL) {
-        const char *word = strtok(line, blanks);
+    if (file == NULL && servers->count > 0)
+        return;
+    memset(servers, 0, sizeof *servers);
+    while (file != NULL && fgets(piece, sizeof piece, file) != NULL) {
+        bool ends_line = strchr(piece, '\n') != NULL;
+        const char *word = begins_line ? strtok(piece, blanks) : NULL;
 
-        if (word != NULL && strcmp(word, "nameserver") == 0 && (word = strtok(NULL, blanks)) != NULL
-            && address_parse(word, DNS_PORT, &servers->server[servers->count]))
-            servers->count++;
+        begins_line = ends_line;
+        if (word == NULL || strcmp(word, "nameserver") != 0)
+            continue;
+        word = strtok(NULL, blanks);
+        add_server(servers, word != NULL ? word : "nothing");
     }
     if (file != NULL)
         fclose(file);
@@ -862,44 +1026,55 @@ void dns_servers(const char *path, struct nameservers *servers)
 }
 
 #ifdef DNS_MAIN
+/* Prints what came of a query: a line for each record, or why there is none. */
+static void print_query(const struct dns_query *q, const char *type)
+{
+    static const char *const words[] = { "found", "no such record", "no such name", "failed" };
+    char text[ADDRESS_TEXT];
+
+    if (q->status == DNS_FAILED)
+        printf("%-4s failed: %s\n", type, q->why);
+    else if (q->status != DNS_FOUND)
+        printf("%-4s %s\n", type, words[q->status]);
+    for (size_t i = 0; i < q->count; i++)
+        if (q->type == DNS_MX)
+            printf("%-4s %u %s\n", type, q->records[i].preference, q->records[i].name[0] ? q->records[i].name : ".");
+        else
+            printf("%-4s %s\n", type, address_text(&q->records[i].address, text));
+}
+
 /* The resolver by itself: prints a name's exchangers and addresses. */
 int main(int argc, char **argv)
 {
-    static const char *const words[] = { "found", "no such record", "no such name", "failed" };
+    static const enum dns_type types[] = { DNS_MX, DNS_A, DNS_AAAA };
+    static const char *const type_names[] = { "MX", "A", "AAAA" };
     static struct dns_query queries[3];
-    struct nameservers servers;
-    char host[DNS_NAME_SIZE], text[ADDRESS_TEXT];
-    unsigned port;
+    static struct nameservers servers;
 
-    dns_servers("/etc/resolv.conf", &servers);
-    if (argc == 3) {
-        if (!endpoint_parse(argv[2], DNS_PORT, host, &port) || !address_parse(host, port, &servers.server[0])) {
-            fprintf(stderr, "dns: %s is not an address[:port]\n", argv[2]);
-            return 2;
-        }
-        servers.count = 1;
-    } else if (argc != 2) {
+    if (argc != 2 && argc != 3) {
         fprintf(stderr, "usage: dns name [nameserver[:port]]\n");
         return 2;
     }
-    queries[0].type = DNS_MX;
-    queries[1].type = DNS_A;
-    queries[2].type = DNS_AAAA;
-    for (int i = 0; i < 3; i++)
-        queries[i].name = argv[1];
-    dns_ask(&servers, queries, 3, INT64_MAX);
-    for (int i = 0; i < 3; i++) {
-        const struct dns_query *q = &queries[i];
+    if (argc == 3) {
+        const char *why = nameserver_parse(argv[2], &servers.server[0]);
 
-        if (q->status != DNS_FOUND)
-            printf("%-4s %s%s%s\n", i == 0 ? "MX" : i == 1 ? "A" : "AAAA", words[q->status],
-                q->status == DNS_FAILED ? ": " : "", q->status == DNS_FAILED ? q->why : "");
-        for (size_t k = 0; k < q->count; k++)
-            if (q->type == DNS_MX)
-                printf("MX   %u %s\n", q->records[k].preference, q->records[k].name[0] ? q->records[k].name : ".");
-            else
-                printf("%-4s %s\n", q->type == DNS_A ? "A" : "AAAA", address_text(&q->records[k].address, text));
+        if (why != NULL) {
+            fprintf(stderr, "dns: %s: %s\n", argv[2], why);
+            return 2;
+        }
+        servers.count = 1;
+    } else {
+        dns_servers("/etc/resolv.conf", &servers);
+        if (servers.passed_over[0] != '\0')
+            fprintf(stderr, "dns: passed over in /etc/resolv.conf: %s\n", servers.passed_over);
     }
+    for (int i = 0; i < 3; i++) {
+        queries[i].name = argv[1];
+        queries[i].type = types[i];
+    }
+    dns_ask(&servers, queries, 3, INT64_MAX);
+    for (int i = 0; i < 3; i++)
+        print_query(&queries[i], type_names[i]);
     return 0;
 }
 #endif

@@ -1147,6 +1147,39 @@ static void no_smarthost(struct route *route, bool self)
         self ? "is this relay itself" : "has no usable address");
 }
 
+static const char resolv_conf[] = "/etc/resolv.conf";
+static struct nameservers found;        /* there, when this process or its parent looked last */
+
+/* The name servers to ask: those of -n, or those that resolv.conf names now, because
+ * networks come up late and machines move.  A forwarder looks before its first query,
+ * and then once a second at most. */
+static const struct nameservers *name_servers(void)
+{
+    static int64_t next_look;
+
+    if (settings.nameservers.count > 0)
+        return &settings.nameservers;
+    if (clock_ms() >= next_look) {
+        dns_servers(resolv_conf, &found);
+        next_look = clock_ms() + 1000;
+    }
+    return &found;
+}
+
+void check_resolv_conf(void)
+{
+    static char logged[sizeof found.passed_over];
+
+    if (settings.nameservers.count > 0)
+        return;
+    dns_servers(resolv_conf, &found);
+    if (strcmp(found.passed_over, logged) == 0)
+        return;
+    strcpy(logged, found.passed_over);
+    if (logged[0] != '\0')
+        logmsg("passed over in %s: %s", resolv_conf, logged);
+}
+
 /* Adds the addresses of these exchangers, which are sorted by preference. */
 static void add_exchangers(struct route *route, const struct dns_record *mx, size_t count, unsigned port)
 {
@@ -1161,7 +1194,7 @@ static void add_exchangers(struct route *route, const struct dns_record *mx, siz
         queries[i].name = mx[i / 2].name;
         queries[i].type = i % 2 == 0 ? DNS_AAAA : DNS_A;
     }
-    dns_ask(&settings.nameservers, queries, 2 * count, try_end);
+    dns_ask(name_servers(), queries, 2 * count, try_end);
     for (size_t i = 0; i < 2 * count && !self; i++) {
         const struct dns_query *q = &queries[i];
 
@@ -1194,7 +1227,7 @@ static void add_domain(struct route *route, const char *domain)
 
     query->name = domain;
     query->type = DNS_MX;
-    dns_ask(&settings.nameservers, query, 1, try_end);
+    dns_ask(name_servers(), query, 1, try_end);
     for (size_t i = 0; i < query->count; i++)       /* "." is no name of a host */
         if (query->records[i].name[0] != '\0')
             query->records[usable++] = query->records[i];
@@ -3440,6 +3473,7 @@ static void search_if_due(void)
     if (!make_due && begun < next_search())
         return;
     all_due = 0;
+    check_resolv_conf();
     for (size_t i = 0; make_due && i < lane_count; i++)
         lanes[i].not_before = 0;
     next = search_queue(make_due, !searched);

@@ -1920,14 +1920,14 @@ static void add_domain(const char *text)
 
 static void add_nameserver(const char *text)
 {
-    char host[DNS_NAME_SIZE];
-    unsigned port;
     struct nameservers *n = &settings.nameservers;
+    const char *why;
 
     if (n->count == NAMESERVERS)
         misused("-n %s: %d name servers are enough", text, NAMESERVERS);
-    if (!endpoint_parse(text, 53, host, &port) || !address_parse(host, port, &n->server[n->count]))
-        misused("-n %s: not an address such as 192.0.2.53 or [2001:db8::53]:5353", text);
+    why = nameserver_parse(text, &n->server[n->count]);
+    if (why != NULL)
+        misused("-n %s: %s (name a server as 192.0.2.53 or [2001:db8::53]:5353)", text, why);
     n->count++;
 }
 
@@ -2278,8 +2278,7 @@ int main(int argc, char **argv)
     if (optind == argc)
         misused("name an address to listen on, such as localhost (smtp -h explains the options)");
     default_names();
-    if (settings.nameservers.count == 0)
-        dns_servers("/etc/resolv.conf", &settings.nameservers);
+    check_resolv_conf();      /* while still root, in case only root may read resolv.conf */
     for (; optind < argc; optind++)
         listen_on(argv[optind], port);
     if (root)

@@ -67,7 +67,8 @@ enum { NAMESERVERS = 3 };
 
 struct nameservers {
     union address server[NAMESERVERS];
-    size_t count;           /* 1 to NAMESERVERS */
+    size_t count;           /* how many there are: 1 or more where they are to be asked */
+    char passed_over[256];  /* what else resolv.conf names, and why it is not asked; "": nothing */
 };
 
 /* Whether exchangers get mail by TLS: never; where it goes; only so; only so, and
@@ -87,7 +88,7 @@ struct settings {
     long per_address;               /* -c: connections from one client address at once, 0 for any number */
     const union address *listening; /* what we accept connections on */
     size_t listening_count;
-    struct nameservers nameservers; /* -n, or those of resolv.conf */
+    struct nameservers nameservers; /* -n; none: those of resolv.conf */
     const char *smarthost;          /* -s: its name or address, or NULL */
     unsigned smarthost_port;
     enum tls tls;                   /* -T; -A and -S make it TLS_VERIFIED */
@@ -177,6 +178,13 @@ void draft_forget(struct draft *d);
 /* The reply for a draft that failed with `error`: 452 or 451, without line end. */
 const char *draft_refusal(int error);
 
+/* ---- forward.c: name servers --------------------------------------------- */
+
+/* Reads resolv.conf, if it is to name the servers, and logs which nameserver lines
+ * are passed over and why, unless this process, or its parent before the fork, has
+ * logged the same. */
+void check_resolv_conf(void);
+
 /* ---- forward.c: what runs in a child ------------------------------------ */
 
 /* Seconds that a try may take: then every step of it is over, and the rest is
@@ -220,67 +228,80 @@ int list_queue(void);
 
 /* ---- dns.c: sockets and waiting ---------------------------------------- */
 
-/* Milliseconds by the clock that never jumps: for time-outs. */
+/* Milliseconds by a clock that never jumps: for time-outs. */
 int64_t clock_ms(void);
 
 /* Seconds since 1970: for dates.  Not time(), which on Linux may be a tick, and so
- * a second, behind the clock that files are stamped by. */
+ * a second, behind the clock that stamps files. */
 time_t wall_clock(void);
 
-/* A socket of `type` that never blocks and is small enough for an fd_set, or -1
- * with errno. */
+/* Opens a socket of `type`, for the family of `to`, that never blocks and is small
+ * enough for an fd_set.  Returns -1, with errno set, where there is none. */
 int socket_open(const union address *to, int type);
 
 /* Adds `fd` to a set, and raises `top`, the highest descriptor of all sets, to it. */
 void watch_fd(int fd, fd_set *set, int *top);
 
-/* select() until clock_ms() reaches `deadline`.  Leaves in the sets what is
- * ready: nothing where time ran out or a signal came. */
+/* Calls select() until clock_ms() reaches `deadline`.  The sets then hold the
+ * descriptors that are ready: none, if the time is over or a signal came. */
 void wait_sets(int top, fd_set *readable, fd_set *writable, int64_t deadline);
 
-/* Waits until `fd` can be read (or written, where `writing`).  False: clock_ms()
- * has reached `deadline`. */
+/* Waits until `fd` can be read, or written where `writing`.  False: clock_ms() has
+ * reached `deadline`. */
 bool wait_ready(int fd, bool writing, int64_t deadline);
 
 /* ---- dns.c: names to addresses ----------------------------------------- */
 
 enum { DNS_NAME_SIZE = 256, DNS_RECORDS = 20, DNS_QUERIES = 40 };
 
-enum dns_type { DNS_A = 1, DNS_CNAME = 5, DNS_MX = 15, DNS_AAAA = 28 };
+enum dns_type { DNS_A = 1, DNS_MX = 15, DNS_AAAA = 28 };
 
 enum dns_status {
     DNS_FOUND,      /* records[0..count-1] hold the answer */
     DNS_NODATA,     /* the name exists, but has no record of this type */
     DNS_NXDOMAIN,   /* the name does not exist */
-    DNS_FAILED      /* no usable answer now: SERVFAIL, silence, garbage */
+    DNS_FAILED      /* no usable answer now: silence, SERVFAIL, a referral, garbage */
 };
 
 struct dns_record {
-    unsigned preference;        /* MX: lower is better */
+    unsigned preference;        /* MX: the lowest is tried first */
     char name[DNS_NAME_SIZE];   /* MX: the exchanger; "" is the root */
-    union address address;      /* A, AAAA: port 0 */
+    union address address;      /* A, AAAA: with port 0 */
 };
 
 struct dns_query {
-    const char *name;           /* in: without a final dot; the caller's */
-    enum dns_type type;         /* in: A, AAAA or MX */
+    const char *name;           /* in: without a final dot; belongs to the caller */
+    enum dns_type type;         /* in */
     enum dns_status status;     /* out */
-    const char *why;            /* out, when DNS_FAILED: a constant text */
-    size_t count;               /* out: of MX records the most preferred, sorted */
+    const char *why;            /* out, where DNS_FAILED: a constant text */
+    size_t count;               /* out: how many records; MX records are sorted, the most preferred are kept */
     struct dns_record records[DNS_RECORDS];
 };
 
-/* Asks all `count` (at most DNS_QUERIES) queries at once and returns when each
- * has its status: after milliseconds as a rule; where nobody answers, after 14
+/* Asks all `count` (at most DNS_QUERIES) queries at once and returns when each has
+ * its status: as a rule after milliseconds; where no server answers, after 14
  * seconds for each server; after a minute at most, or when clock_ms() reaches
- * `deadline`.  RFC 1035 over UDP, EDNS0 (RFC 6891); TCP, 5 seconds for each query
- * at most, where an answer is truncated. */
+ * `deadline`.
+ *
+ * RFC 1035 over UDP, with EDNS0 (RFC 6891); over TCP, for 5 seconds at most,
+ * where an answer is truncated.  A server that answers a query with an error code
+ * is asked once more, at once, without EDNS0; and after a try in vain, without it
+ * in the next round.  Each try has a new socket, port and id.  Where the system
+ * has no random numbers for them, nothing is asked: DNS_FAILED. */
 void dns_ask(const struct nameservers *servers, struct dns_query *queries, size_t count, int64_t deadline);
 
-/* Reads the nameserver lines of a resolv.conf; 127.0.0.1 where there is none. */
+/* Reads the nameserver lines of a resolv.conf; 127.0.0.1 where there is none.  A
+ * file that cannot be read, such as one that is just being replaced, leaves
+ * servers that are known already as they are.  The first call needs a zero
+ * *servers. */
 void dns_servers(const char *path, struct nameservers *servers);
 
-/* Sets `a` from an IPv4 or IPv6 address in text.  False: it is none. */
+/* Sets `a` from a name server's address[:port] in text; an IPv6 address may have
+ * a scope, as in [fe80::1%eth0]:53 (RFC 4007 11).  Returns NULL, or why there can
+ * be no such name server: a constant text. */
+const char *nameserver_parse(const char *text, union address *a);
+
+/* Sets `a` from an IPv4 or IPv6 address in text.  False: the text is none. */
 bool address_parse(const char *text, unsigned port, union address *a);
 
 /* Reads an address literal (RFC 5321 4.1.3), [192.0.2.1] or [IPv6:2001:db8::1],
@@ -291,16 +312,16 @@ const char *literal_parse(const char *text, unsigned port, union address *a);
 /* Splits host, host:port or [host]:port.  False: too long, or no such port. */
 bool endpoint_parse(const char *text, unsigned default_port, char host[DNS_NAME_SIZE], unsigned *port);
 
-/* The address alone, in text, into `text`, which is returned. */
+/* Writes the address, without its port, into `text` and returns that. */
 const char *address_text(const union address *a, char text[ADDRESS_TEXT]);
 
-/* The octets of the address, 4 or 16 of them, most significant first. */
+/* The octets of the address, 4 or 16 of them, the most significant first. */
 const unsigned char *address_octets(const union address *a, size_t *count);
 
 /* Sets `a` from the 4 or 16 octets of an address. */
 void address_set(union address *a, const unsigned char *octets, size_t count, unsigned port);
 
-/* Makes an IPv4 address out of one that is written as IPv6, ::ffff:192.0.2.1. */
+/* Makes an IPv4 address of an IPv6 address that stands for one, ::ffff:192.0.2.1. */
 void address_unmap(union address *a);
 
 unsigned address_port(const union address *a);

@@ -1,5 +1,7 @@
 """What the tests are given: the lab's parts, put together and cleaned up again."""
 import contextlib
+import ctypes
+import os
 import resource
 import shlex
 import shutil
@@ -78,6 +80,24 @@ def relay(spool, dns):
 
 
 @pytest.fixture
+def own_network():
+    """A network of nobody else's, which this thread and all that it starts is in until the test
+    is over.  own_network("ip", "link", "set", "lo", "up") runs a command in it."""
+    if os.geteuid() != 0 or not shutil.which("ip"):
+        pytest.skip("only root may make a network, and needs ip")
+    libc = ctypes.CDLL(None, use_errno=True)
+    clone_newnet = 0x40000000
+    with open("/proc/thread-self/ns/net") as home:
+        if libc.unshare(clone_newnet) != 0:
+            pytest.skip(f"no network of our own: {os.strerror(ctypes.get_errno())}")
+        try:
+            yield lambda *command: subprocess.run(command, check=True)
+        finally:
+            if libc.setns(home.fileno(), clone_newnet) != 0:
+                pytest.exit("there is no way back into the network of this machine")
+
+
+@pytest.fixture
 def unharmed(request, relay):
     """For a test that attacks: when it is over, each of its relays still runs, has
     forgotten the attack and is at work (see Relay.expect_unharmed()).  The value is
@@ -142,16 +162,18 @@ def start_peer():
 def strace(tmp_path):
     """with strace(pid, "trace=fsync,write", "inject=fsync:error=EIO") as trace: watches a
     process and all it forks, and makes its system calls fail, until the block ends.
-    trace() is what was seen so far, each line with the process's id before it."""
+    trace() is what was seen so far, each line with the process's id before it.  With a
+    `path`, system calls that have nothing to do with it are left alone."""
     if lab.EMULATED:
         pytest.skip("an emulator calls more than the program does")
     if shutil.which("strace") is None:
         pytest.skip("strace is not installed")
 
     @contextlib.contextmanager
-    def attached(pid, *expressions):
+    def attached(pid, *expressions, path=None):
         output = tmp_path / "trace"
         options = [option for expression in expressions for option in ("-e", expression)]
+        options += ["-P", path] if path else []
         tracer = subprocess.Popen(["strace", "-f", "-y", "-s", "200", "-o", output, "-p", str(pid), *options],
                                   stderr=subprocess.PIPE, text=True)
         line = tracer.stderr.readline()

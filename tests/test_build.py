@@ -99,14 +99,17 @@ def container_flags():
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root may chroot")
 def test_a_static_program_in_an_empty_directory(world, tmp_path):
-    """Nothing is there: no passwd, no resolv.conf, no /dev, no library.  It is small, too."""
+    """Nothing is there but /dev/urandom: no passwd, no resolv.conf, no library.  It is small, too."""
     if shutil.which("musl-gcc") is None:
         pytest.skip("musl-gcc is not installed")
     root = tmp_path / "root"
     root.mkdir()
-    root.chmod(0o755)
+    (root / "dev").mkdir()
+    for path in root, root / "dev":
+        path.chmod(0o755)
+    subprocess.run(["mknod", "-m", "444", root / "dev/urandom", "c", "1", "9"], check=True)     # as the manual has it
     subprocess.run(["musl-gcc", *container_flags(), "-o", root / "smtp", *(ROOT / name for name in SOURCES)], check=True)
-    assert (root / "smtp").stat().st_size < 150_000
+    assert (root / "smtp").stat().st_size < 160_000
     # Closed descriptors have nothing to stand for them but what the program finds there.
     command = ["sh", "-c", 'exec "$@" <&- >&-', "sh", "chroot", root, "/smtp", "-p", "0", "-q", "/spool", "-u", "64321",
                "-h", HOSTNAME, "-n", world.dns.address, "-P", str(world.exchanger.port), "127.0.0.1"]

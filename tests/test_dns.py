@@ -2,6 +2,7 @@
 import collections
 import os
 import re
+import shlex
 import shutil
 import socket
 import struct
@@ -9,17 +10,19 @@ import subprocess
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 
-from lab import (RESPONSE, ROOT, TO_QUESTION, TRUNCATED, Exchanger, Nameserver, encode_name, header,
-                 loopback, parse_query, query_id, question, record, wait_for)
+from lab import (AUTHORITATIVE, RECURSION_AVAILABLE, RESPONSE, ROOT, TO_QUESTION, TRUNCATED, Exchanger, Nameserver,
+                 encode_name, header, loopback, parse_query, query_id, question, record, wait_for)
 
 FORMERR, SERVFAIL, NXDOMAIN, NOTIMP, REFUSED = 1, 2, 3, 4, 5
 
 NO_RECORD, NO_NAME = ["no such record"], ["no such name"]
 MALFORMED = ["failed: malformed answer from the name server"]
 SILENT = ["failed: no answer from the name servers"]
+REFERRED = ["failed: the name server only refers to others: it does not recurse"]
 
 # What answers say here: an address, an exchanger, and what must not be believed.
 GOOD, EVIL = bytes([192, 0, 2, 1]), bytes([192, 0, 2, 66])
@@ -122,13 +125,10 @@ class TestRecords:
         dns.rcode("example.net", code)
         assert look_up("example.net", type) == [result]
 
-    @pytest.mark.parametrize("flags, result", [
-        (0x8500, NO_RECORD), (0x8100, ["failed: the name server only refers to others: it does not recurse"])],
-        ids=["authoritative", "referral"])
-    def test_no_answer_counts_from_who_would_know(self, dns, look_up, flags, result):
-        """RFC 1034 4.3.1: a server that does not recurse may only know whom to ask."""
-        dns.raw("example.net", lambda query: answer(query, flags=flags), "A")
-        assert look_up("example.net", "A") == result
+    @pytest.mark.parametrize("code", [FORMERR, SERVFAIL, NOTIMP, REFUSED, 9])
+    def test_a_code_says_more_than_the_records_beside_it(self, dns, look_up, code):
+        dns.raw("example.net", lambda query: answer(query, a(EVIL), flags=RESPONSE | code), "A")
+        assert look_up("example.net", "A")[0].startswith("failed: the name server answers ")
 
     def test_case_does_not_matter(self, dns, look_up):
         """RFC 1035 2.3.3."""
@@ -151,15 +151,97 @@ class TestRecords:
             query, a(EVIL, "www.example.net"), of_class_chaos, a(EVIL, "net"), a(GOOD), a(EVIL, "")))
         assert look_up("example.net", "A") == FOUND
 
+    def test_one_malformed_record_spoils_only_itself(self, dns, look_up):
+        dns.raw("example.net", type="A", answer=lambda query: answer(query, a(b"\1\2\3"), a(GOOD), a(b"")))
+        assert look_up("example.net", "A") == FOUND
+
+
+NS = ("example.net", "NS", "ns.example.net")
+SOA = ("example.net", "SOA", "ns.example.net")
+SOMEBODY_ELSES = a(EVIL, "evil.example.net")
+
+
+class TestNoRelevantAnswer:
+    """RFC 2308 2.2: what is not there, and what another server would have to say."""
+
+    FLAGS = {"recursive": RESPONSE, "not recursive": RESPONSE & ~RECURSION_AVAILABLE,
+             "authoritative": RESPONSE & ~RECURSION_AVAILABLE | AUTHORITATIVE}
+
+    @pytest.mark.parametrize("flags", FLAGS)
+    @pytest.mark.parametrize("authority", [(), (SOA,), (NS, SOA), (SOA, NS)],
+                             ids=["nothing", "SOA", "NS and SOA", "SOA and NS"])
+    def test_no_such_record(self, dns, look_up, authority, flags):
+        dns.flags = self.FLAGS[flags]
+        dns.rcode("example.net", 0)
+        dns.authority("example.net", *authority)
+        assert look_up("example.net", "A") == NO_RECORD
+        assert len(of_type(dns, "example.net")) == 1
+
+    @pytest.mark.parametrize("flags, result", [
+        ("recursive", REFERRED), ("not recursive", REFERRED), ("authoritative", NO_RECORD)])
+    @pytest.mark.parametrize("authority", [(NS,), (NS, ("example.net", "NS", "ns2.example.net"))], ids=["one", "two"])
+    def test_referral(self, dns, look_up, authority, flags, result):
+        """NS records and no SOA: a server that does not recurse only says whom to ask (RFC 1034 4.3.1)."""
+        dns.flags = self.FLAGS[flags]
+        dns.rcode("example.net", 0)
+        dns.authority("example.net", *authority)
+        assert look_up("example.net", "A") == result
+
+    @pytest.mark.parametrize("authority", [(NS,), (SOA,)], ids=["NS", "SOA"])
+    def test_an_answer_counts_more_than_authority(self, dns, look_up, authority):
+        dns.flags = self.FLAGS["not recursive"]
+        dns.a("example.net", "192.0.2.1")
+        dns.authority("example.net", *authority)
+        assert look_up("example.net", "A") == FOUND
+
+    @pytest.mark.parametrize("code, result", [(NXDOMAIN, NO_NAME), (SERVFAIL, "SERVFAIL"), (REFUSED, "REFUSED")])
+    def test_a_code_counts_more_than_authority(self, dns, look_up, code, result):
+        dns.rcode("example.net", code)
+        dns.authority("example.net", NS)
+        assert look_up("example.net", "A") in (result, [f"failed: the name server answers {result}"])
+
+    @pytest.mark.parametrize("records", [
+        [SOMEBODY_ELSES], [SOMEBODY_ELSES] * 5, [record(TO_QUESTION, "MX", b"\0\0\0")],
+        [record("else.example.net", "CNAME", encode_name("evil.example.net")), SOMEBODY_ELSES],
+        [a(EVIL).replace(b"\0\1\0\1", b"\0\1\0\3", 1)]],
+        ids=["another owner", "other owners", "another type", "another's alias", "another class"])
+    @pytest.mark.parametrize("code, result", [(0, NO_RECORD), (NXDOMAIN, NO_NAME)], ids=["NOERROR", "NXDOMAIN"])
+    def test_records_that_nobody_asked_for(self, dns, look_up, records, code, result):
+        """From the right server, with the right id and question: nothing better is to come."""
+        dns.raw("example.net", lambda query: answer(query, *records, flags=RESPONSE | code), type="A")
+        assert look_up("example.net", "A") == result
+        assert len(of_type(dns, "example.net")) == 1
+
+    def test_records_that_nobody_asked_for_beside_a_referral(self, dns, look_up):
+        dns.raw("example.net", type="A", answer=lambda query: header(
+            query_id(query), answers=1, authority=1) + question(query) + SOMEBODY_ELSES
+            + record("example.net", "NS", encode_name("ns.example.net")))
+        assert look_up("example.net", "A") == REFERRED
+
     @pytest.mark.parametrize("section", ["authority", "additional"])
     def test_only_the_answer_section_counts(self, dns, look_up, section):
         dns.raw("example.net", type="A", answer=lambda query: header(
             query_id(query), **{section: 1}) + question(query) + a(EVIL))
         assert look_up("example.net", "A") == NO_RECORD
 
-    def test_one_malformed_record_spoils_only_itself(self, dns, look_up):
-        dns.raw("example.net", type="A", answer=lambda query: answer(query, a(b"\1\2\3"), a(GOOD), a(b"")))
-        assert look_up("example.net", "A") == FOUND
+    @pytest.mark.parametrize("authority", [NS, SOA], ids=["NS", "SOA"])
+    def test_an_alias_is_followed_whatever_stands_behind_it(self, dns, look_up, authority):
+        """The answer ends with the alias, and the authority section speaks of its target."""
+        dns.flags = self.FLAGS["not recursive"]
+        dns.cname("www.example.net", "host.example.net", alone=True)
+        dns.authority("www.example.net", authority)
+        dns.a("host.example.net", "192.0.2.1")
+        assert look_up("www.example.net", "A") == FOUND
+
+    @pytest.mark.parametrize("section", [
+        b"", b"\xc0", record(TO_QUESTION, "NS", b"\1a\0")[:-1], record(TO_QUESTION, "NS", b"\1a\0", size=4)],
+        ids=["missing", "cut in its owner", "cut in its data", "length beyond the end"])
+    def test_malformed_authority(self, dns, look_up, section):
+        dns.raw("example.net", lambda query: header(query_id(query), authority=1) + question(query) + section, "A")
+        assert look_up("example.net", "A") == MALFORMED
+        dns.raw("example.org", lambda query: header(query_id(query), answers=1, authority=1) + question(query) + a()
+                + section, "A")
+        assert look_up("example.org", "A") == FOUND
 
 
 class TestQuery:
@@ -197,7 +279,7 @@ class TestQuery:
                                         "[::1", "[::1]5353", "::1:5353:", "", "192.0.2.256"])
     def test_name_servers_there_cannot_be(self, resolver, server):
         run = subprocess.run([resolver, "example.net", server], capture_output=True, text=True, timeout=20)
-        assert (run.returncode, run.stdout, run.stderr) == (2, "", f"dns: {server} is not an address[:port]\n")
+        assert (run.returncode, run.stdout, run.stderr) == (2, "", f"dns: {server}: not an address\n")
 
     def test_over_ipv6(self, ipv6, resolver):
         dns = Nameserver("::1")
@@ -205,24 +287,41 @@ class TestQuery:
         assert LookUp(resolver, "mx.example.net", dns.address).result("A") == FOUND
         dns.stop()
 
+    @pytest.mark.parametrize("code", [FORMERR, SERVFAIL, NOTIMP, REFUSED, 9])
+    def test_asks_again_without_edns(self, dns, look_up, code):
+        """RFC 6891 7 has FORMERR; there are others in the field."""
+        dns.a("example.net", "192.0.2.1")
+        dns.dislike_opt("example.net", code)
+        assert look_up("example.net", "A") == FOUND
+        assert [query.edns_size for query in of_type(dns, "example.net")] == [1232, None]
+
     @pytest.mark.parametrize("code", [FORMERR, NOTIMP])
-    @pytest.mark.parametrize("header_only", [False, True])
-    def test_asks_again_without_edns(self, dns, look_up, code, header_only):
-        """RFC 6891 7.  Who could not read the question may leave it out."""
+    def test_who_could_not_read_the_question_may_leave_it_out(self, dns, look_up, code):
         def old_server(query):
             if parse_query(query, "udp", 0).edns_size is None:
                 return answer(query, a())
-            if header_only:
-                return header(query_id(query), RESPONSE | code, questions=0)
-            return answer(query, flags=RESPONSE | code)
+            return header(query_id(query), RESPONSE | code, questions=0)
         dns.raw("example.net", old_server, type="A")
         assert look_up("example.net", "A") == FOUND
         assert [query.edns_size for query in of_type(dns, "example.net")] == [1232, None]
 
-    def test_gives_up_on_who_cannot_read_it_even_so(self, dns, look_up):
-        dns.rcode("example.net", FORMERR)
-        assert look_up("example.net", "A") == ["failed: the name server answers with an error"]
-        assert [query.edns_size for query in of_type(dns, "example.net")] == [1232, None]
+    @pytest.mark.parametrize("code", [FORMERR, SERVFAIL, NOTIMP, REFUSED, 9])
+    def test_gives_up_on_who_fails_even_so(self, dns, look_up, code):
+        dns.rcode("example.net", code)
+        result, = look_up("example.net", "A")
+        assert result.startswith("failed: the name server answers ")
+        first, second = of_type(dns, "example.net")
+        assert (first.edns_size, second.edns_size) == (1232, None)
+        assert first.id != second.id and first.client_port != second.client_port     # RFC 5452 9.2
+
+    def test_asks_without_edns_down_a_chain(self, dns, look_up):
+        """What was learned at the first link need not be learned again at the next."""
+        for n in range(3):
+            dns.cname(f"n{n}.example.net", f"n{n + 1}.example.net", alone=True)
+            dns.dislike_opt(f"n{n}.example.net", SERVFAIL)
+        dns.a("n3.example.net", "192.0.2.1")
+        assert look_up("n0.example.net", "A") == FOUND
+        assert [query.edns_size for query in dns.queries if query.type == "A"] == [1232, None, None, None, None]
 
     def test_a_slow_answer_is_awaited(self, dns, look_up):
         dns.a("mx.example.net", "192.0.2.1")
@@ -266,14 +365,6 @@ class TestChains:
         dns.raw("www.example.net", type="A", answer=lambda query: answer(
             query, a(EVIL, "b.example.net"), a(GOOD, "a.example.net"),
             record(TO_QUESTION, "CNAME", encode_name("a.example.net"))))
-        assert look_up("www.example.net", "A") == FOUND
-
-    def test_begins_at_the_question(self, dns, look_up):
-        """An answer that tells only of others is no answer to us: the next may be."""
-        dns.raw("www.example.net", type="A", answer=lambda query: [
-            answer(query, record("else.example.net", "CNAME", encode_name("evil.example.net")),
-                   a(EVIL, "evil.example.net")),
-            answer(query, a())])
         assert look_up("www.example.net", "A") == FOUND
 
     def test_malformed(self, dns, look_up):
@@ -397,7 +488,6 @@ NOT_OURS = {
     "another id's failure": lambda query: header(query_id(query) ^ 0x8000, RESPONSE | SERVFAIL) + question(query),
     "another name": lambda query: answer(query, a(EVIL), asked=encode_name("evil.example.net") + b"\0\1\0\1"),
     "a longer name": lambda query: answer(query, a(EVIL), asked=encode_name("example.net.evil") + b"\0\1\0\1"),
-    "another owner": lambda query: answer(query, a(EVIL, "evil.example.net")),
     "another type": lambda query: answer(query, a(EVIL), asked=question(query)[:-4] + b"\0\x1c\0\1"),
     "another class": lambda query: answer(query, a(EVIL), asked=question(query)[:-2] + b"\0\3"),
     "a malformed question": lambda query: answer(query, a(EVIL), asked=b"\xc0\x0c\0\1\0\1"),
@@ -559,7 +649,7 @@ int main(int argc, char **argv)
 }
 """
 
-# Asks, so that there are random bits in store, and has 40 children ask.
+# Asks, and has 40 children ask.
 AND_FORK = """
     dns_ask(&servers, &query, 1, INT64_MAX);
     for (int child = 0; child < 40; child++)
@@ -577,21 +667,26 @@ BRIEFLY = """
 """
 
 
-@pytest.mark.parametrize("urandom", [True, False], ids=["/dev/urandom", "no /dev/urandom"])
-def test_no_process_is_given_the_numbers_of_another(dns, tmp_path, urandom):
-    """What a parent has in store its children do not use, all the same ones.  Nor do they where
-    there is no device for it, as in an empty chroot."""
+def test_no_process_is_given_the_numbers_of_another(dns, tmp_path):
+    """Of a parent that has asked before, many children ask at once."""
     source = tmp_path / "fork.c"
     source.write_text(ASK % AND_FORK)
-    program = [build(tmp_path / "fork", "-I", ROOT, source, ROOT / "dns.c"), dns.address]
-    if not urandom:
-        without = ["strace", "-f", "-o", tmp_path / "trace", "-P", "/dev/urandom", "-e", "inject=/^open:error=ENOENT"]
-        if not shutil.which("strace") or subprocess.run([*without, "true"]).returncode != 0:
-            pytest.skip("strace is not installed, or may not trace")
-        program = without + program
-    subprocess.run(program, check=True, timeout=60, env={**os.environ, "ASAN_OPTIONS": "detect_leaks=0"})
-    assert urandom or "(INJECTED)" in (tmp_path / "trace").read_text()
+    program = build(tmp_path / "fork", "-I", ROOT, source, ROOT / "dns.c")
+    subprocess.run([program, dns.address], check=True, timeout=60)
     expect_unpredictable(wait_for(lambda: len(dns.queries) >= 401 and dns.queries[1:401], timeout=60))
+
+
+@pytest.mark.parametrize("call, error", [("open", "ENOENT"), ("read", "EIO")])
+def test_nothing_is_asked_where_numbers_could_be_guessed(dns, relay, strace, call, error):
+    """As in a chroot without /dev/urandom: mail waits until it is there, and says so."""
+    server = relay()
+    with strace(server.pid, f"inject=/^{call}(at|64)?$:error={error}", path="/dev/urandom") as trace:
+        send(server, "b@example.net")
+        outcome, = server.outcomes("b@example.net")
+        wait_for(lambda: "(INJECTED)" in trace())
+    assert (outcome.status, outcome.words) == ("later", "4.4.3 no exchanger of example.net: "
+                                               "cannot read /dev/urandom, without which answers could be forged")
+    assert not dns.queries
 
 
 def test_a_question_lasts_no_longer_than_its_asker_has_time(tmp_path):
@@ -659,6 +754,30 @@ def zone_exchanger_is_an_alias(dns, here):
     dns.a("host.example.org", here)
 
 
+def zone_without_ra_implicit(dns, here):
+    """As the resolvers of some containers and virtual machines answer."""
+    dns.flags = RESPONSE & ~RECURSION_AVAILABLE
+    dns.a("example.net", here)
+
+
+def zone_without_ra(dns, here):
+    dns.flags = RESPONSE & ~RECURSION_AVAILABLE
+    zone_mx(dns, here)
+
+
+def zone_opt_disliked(dns, here):
+    zone_mx(dns, here)
+    dns.dislike_opt("example.net", SERVFAIL)
+    dns.dislike_opt("mx.example.org", REFUSED)
+
+
+def zone_answers_beside_the_question(dns, here):
+    """Of MX and AAAA there is nothing, and what is said instead does not count."""
+    dns.a("example.net", here)
+    for type in "MX", "AAAA":
+        dns.raw("example.net", lambda query: answer(query, SOMEBODY_ELSES), type)
+
+
 def zone_one_exchanger_fails(dns, here):
     dns.mx("example.net", (10, "sick.example.org"), (20, "mx.example.org"))
     dns.rcode("sick.example.org", SERVFAIL)
@@ -686,6 +805,11 @@ def zone_servfail(dns, here):
 def zone_refused(dns, here):
     dns.a("example.net", here)
     dns.rcode("example.net", REFUSED, "MX")
+
+
+def zone_referral(dns, here):
+    dns.a("example.net", here)
+    dns.authority("example.net", NS, type="MX")
 
 
 def zone_alias_loop(dns, here):
@@ -732,12 +856,15 @@ def zone_exchanger_is_malformed(dns, here):
 
 
 SENT = [zone_mx, zone_implicit, zone_alias, zone_implicit_alias, zone_exchanger_is_an_alias,
+        zone_without_ra_implicit, zone_without_ra, zone_opt_disliked, zone_answers_beside_the_question,
         zone_one_exchanger_fails, zone_one_type_fails]
 NOT_SENT = [
     (zone_no_name, "failed", "5.1.2 there is no domain example.net"),
     (zone_alias_to_nowhere, "failed", "5.1.2 there is no domain example.net"),
     (zone_servfail, "later", "4.4.3 no exchanger of example.net: the name server answers SERVFAIL"),
     (zone_refused, "later", "4.4.3 no exchanger of example.net: the name server answers REFUSED"),
+    (zone_referral, "later",
+     "4.4.3 no exchanger of example.net: the name server only refers to others: it does not recurse"),
     (zone_alias_loop, "later", "4.4.3 no exchanger of example.net: too many CNAMEs in a row"),
     (zone_malformed, "later", "4.4.3 no exchanger of example.net: malformed answer from the name server"),
     (zone_null_mx, "failed", "5.1.10 example.net takes no mail (null MX)"),
@@ -771,6 +898,17 @@ def test_mail_does_not_arrive(dns, relay, exchangers, zone, status, words):
     outcome, = server.outcomes("b@example.net")
     assert (outcome.relay, outcome.status, outcome.words) == ("-", status, words)
     assert not mx.connections
+
+
+def test_without_ra_an_exchanger_of_one_family_is_no_trouble(dns, relay, exchangers):
+    """That it has no AAAA record is known: so its refusal counts, and is final."""
+    mx, = exchangers(1)
+    zone_without_ra(dns, mx.host)
+    mx.set(replies={"CONNECT": "554 5.7.1 no"})
+    server = relay(mx_port=mx.port)
+    send(server, "b@example.net")
+    outcome, = server.outcomes("b@example.net")
+    assert outcome.status == "failed"
 
 
 @pytest.mark.usefixtures("unharmed")
@@ -855,7 +993,7 @@ def test_third_name_server_takes_over(dns, others, local_exchanger, relay):
     fail(others[0], "SERVFAIL")
     send(with_servers(relay, local_exchanger, *others), "b@example.net")
     local_exchanger.wait_for_messages(1)
-    assert [len(nameserver.queries) for nameserver in (dns, *others)] == [2, 2, 2]
+    assert [len(nameserver.queries) for nameserver in (dns, *others)] == [2, 4, 2]     # the second also without OPT
 
 
 def test_each_name_server_is_asked_before_giving_up(dns, others, local_exchanger, relay):
@@ -866,7 +1004,16 @@ def test_each_name_server_is_asked_before_giving_up(dns, others, local_exchanger
     outcome, = server.outcomes("b@example.net")
     assert (outcome.status, outcome.words) == (
         "later", "4.4.3 no address of an exchanger: the name server answers SERVFAIL")
-    assert len(dns.queries) == len(others[1].queries) == 2
+    for nameserver in dns, others[1]:       # each for A and AAAA, first with OPT
+        assert sorted((query.type, query.edns_size is None) for query in nameserver.queries) == [
+            ("A", False), ("A", True), ("AAAA", False), ("AAAA", True)]
+
+
+def test_what_one_name_server_dislikes_another_is_asked_with(dns, others, local_exchanger, relay):
+    fail(dns, "REFUSED")
+    send(with_servers(relay, local_exchanger, *others), "b@example.net")
+    local_exchanger.wait_for_messages(1)
+    assert [query.edns_size for query in others[0].queries] == [1232, 1232]
 
 
 # ---- resolv.conf ----------------------------------------------------------------------------
@@ -877,12 +1024,15 @@ PRINT_SERVERS = r"""
 
 int main(int argc, char **argv)
 {
-    struct nameservers servers;
+    static struct nameservers servers;
     char text[ADDRESS_TEXT];
 
-    dns_servers(argv[argc - 1], &servers);
+    for (int file = 1; file < argc; file++)
+        dns_servers(argv[file], &servers);
     for (size_t i = 0; i < servers.count; i++)
         printf("%s %u\n", address_text(&servers.server[i], text), address_port(&servers.server[i]));
+    if (servers.passed_over[0] != '\0')
+        printf("not %s\n", servers.passed_over);
     return 0;
 }
 """
@@ -890,29 +1040,193 @@ int main(int argc, char **argv)
 
 @pytest.fixture(scope="module")
 def print_servers(tmp_path_factory):
+    """print_servers(path, ...): what these files, read one after the other, leave."""
     directory = tmp_path_factory.mktemp("resolv")
     (directory / "servers.c").write_text(PRINT_SERVERS)
-    return build(directory / "servers", "-I", ROOT, directory / "servers.c", ROOT / "dns.c")
+    program = build(directory / "servers", "-I", ROOT, directory / "servers.c", ROOT / "dns.c")
+
+    def print_them(*paths):
+        run = subprocess.run([program, *paths], capture_output=True, text=True, timeout=20)
+        assert (run.returncode, run.stderr) == (0, "")
+        return run.stdout.splitlines()
+    return print_them
+
+
+HERE = ["127.0.0.1 53"]
+LOOPBACK = socket.if_indextoname(1)
 
 
 @pytest.mark.parametrize("text, servers", [
-    ("nameserver 192.0.2.1\nnameserver 2001:db8::1\n", ["192.0.2.1", "2001:db8::1"]),
+    ("nameserver 192.0.2.1\nnameserver 2001:db8::1\n", ["192.0.2.1 53", "2001:db8::1 53"]),
     ("# nameserver 192.0.2.66\n;nameserver 192.0.2.66\nsearch example.net\n\nnameserver\t192.0.2.1 # ours\n"
-     "options timeout:1\n", ["192.0.2.1"]),
-    ("nameserver   192.0.2.1  \r\nnameserver 192.0.2.2", ["192.0.2.1", "192.0.2.2"]),
-    ("".join(f"nameserver 192.0.2.{n}\n" for n in range(1, 9)), ["192.0.2.1", "192.0.2.2", "192.0.2.3"]),
-    ("nameserver\nnameserver example.net\nnameserver 192.0.2.256\nnameserver " + "1" * 300 + "\n"
-     "nameserver 192.0.2.1\n", ["192.0.2.1"]),
-    ("nameservers 192.0.2.66\n", ["127.0.0.1"]),
-    ("", ["127.0.0.1"]), (None, ["127.0.0.1"]),
-], ids=["both families", "other lines", "blanks", "three at most", "no addresses", "other words", "empty", "missing"])
+     "options timeout:1\n", ["192.0.2.1 53"]),
+    ("nameserver   192.0.2.1  \r\nnameserver 192.0.2.2", ["192.0.2.1 53", "192.0.2.2 53"]),
+    ("search " + "example.net " * 1000 + "nameserver 192.0.2.66\nnameserver 192.0.2.1\n", ["192.0.2.1 53"]),
+    ("nameserver [2001:db8::1]:5353\n", ["2001:db8::1 5353"]),
+    (f"nameserver ::1%{LOOPBACK}\nnameserver fe80::1%{LOOPBACK}\nnameserver fe80::1%1\n",
+     ["::1 53", "fe80::1 53", "fe80::1 53"]),
+    ("nameservers 192.0.2.66\n", HERE), ("", HERE), (None, HERE),
+], ids=["both families", "other lines", "blanks", "long line", "port", "scopes", "other words", "empty", "missing"])
 def test_resolv_conf(print_servers, tmp_path, text, servers):
     path = tmp_path / "resolv.conf"
     if text is not None:
         path.write_text(text)
-    run = subprocess.run([print_servers, path], capture_output=True, text=True, timeout=20)
-    assert (run.returncode, run.stderr) == (0, "")
-    assert run.stdout.splitlines() == [f"{server} 53" for server in servers]
+    assert print_servers(path) == servers
+
+
+NO_ADDRESS, NO_INTERFACE, ENOUGH = "not an address", "there is no such interface", "three are enough"
+
+
+@pytest.mark.parametrize("line, passed_over", [
+    ("nameserver", f"nothing ({NO_ADDRESS})"), ("nameserver example.net", f"example.net ({NO_ADDRESS})"),
+    ("nameserver 192.0.2.256", f"192.0.2.256 ({NO_ADDRESS})"), ("nameserver 192.0.2.1%lo", f"192.0.2.1%lo ({NO_ADDRESS})"),
+    ("nameserver " + "1" * 300, "1" * 80 + f" ({NO_ADDRESS})"),
+    ("nameserver fe80::1%nowhere", f"fe80::1%nowhere ({NO_INTERFACE})"),
+    ("nameserver fe80::1%4000000000", f"fe80::1%4000000000 ({NO_INTERFACE})"),
+    ("nameserver fe80::1%", f"fe80::1% ({NO_INTERFACE})"),
+    ("nameserver fe80::1", "fe80::1 (a link-local address needs its interface, as in fe80::1%eth0)"),
+], ids=["nothing", "a name", "no IPv4 address", "IPv4 with a scope", "far too long", "no interface", "no number",
+        "empty scope", "link-local without a scope"])
+def test_passed_over_in_resolv_conf(print_servers, tmp_path, line, passed_over):
+    path = tmp_path / "resolv.conf"
+    path.write_text(f"{line}\nnameserver 192.0.2.1\n")
+    assert print_servers(path) == ["192.0.2.1 53", f"not {passed_over}"]
+
+
+def test_many_passed_over_in_resolv_conf(print_servers, tmp_path):
+    path = tmp_path / "resolv.conf"
+    path.write_text("".join(f"nameserver 192.0.2.{n}\n" for n in range(1, 6)))
+    three = [f"192.0.2.{n} 53" for n in range(1, 4)]
+    assert print_servers(path) == [*three, f"not 192.0.2.4 ({ENOUGH}), 192.0.2.5 ({ENOUGH})"]
+    path.write_text("".join(f"nameserver 192.0.2.{n}\n" for n in range(1, 256)))
+    *servers, passed_over = print_servers(path)
+    assert servers == three and len(passed_over) == len("not ") + 255      # there is no more room
+
+
+def test_resolv_conf_that_is_gone_changes_nothing(print_servers, tmp_path):
+    """It may be about to be replaced; one that is empty is there, and names nobody."""
+    before, after, gone = tmp_path / "before", tmp_path / "after", tmp_path / "gone"
+    before.write_text("nameserver 192.0.2.1\nnameserver 192.0.2.2\nnameserver x\n")
+    after.write_text("nameserver 192.0.2.3\n")
+    assert print_servers(before, gone) == ["192.0.2.1 53", "192.0.2.2 53", f"not x ({NO_ADDRESS})"]
+    assert print_servers(before, after) == print_servers(before, gone, after) == ["192.0.2.3 53"]
+    after.write_text("")
+    assert print_servers(before, after) == HERE
+
+
+@pytest.fixture
+def resolv_conf(tmp_path, wrapped):
+    """A file that is the relay's /etc/resolv.conf, in a mount namespace of its own: the relay is
+    resolv_conf.binary."""
+    path = tmp_path / "resolv.conf"
+    path.write_text("")
+    mount = f"mount --bind {shlex.quote(str(path))} /etc/resolv.conf"
+    if os.geteuid() != 0 or not shutil.which("unshare") or subprocess.run(
+            ["unshare", "-m", "sh", "-c", mount], capture_output=True).returncode != 0:
+        pytest.skip("no mount namespace of our own")
+    tmp_path.chmod(0o755)
+    path.chmod(0o644)
+    inner = shlex.quote(f'{mount} && exec "$0" "$@"')
+    return SimpleNamespace(write=path.write_text, binary=wrapped(command=f"unshare -m sh -c {inner}"))
+
+
+@pytest.fixture
+def at_port_53():
+    """A name server as resolv.conf can name it to every program; .host is its address."""
+    host = loopback()
+    try:
+        dns = Nameserver(host, 53)
+    except OSError as error:
+        pytest.skip(f"no port 53: {error}")
+    dns.host = host
+    yield dns
+    dns.stop()
+
+
+class TestResolvConfOfARelay:
+    def test_is_read_again(self, resolv_conf, at_port_53, exchangers, relay):
+        """As where the relay starts before the network does, and where the machine moves."""
+        mx, = exchangers(1)
+        server = relay(dns=None, binary=resolv_conf.binary, mx_port=mx.port)
+        at_port_53.mail("example.net", (10, mx))
+        at_port_53.mail("example.org", (10, mx))
+        resolv_conf.write("nameserver 192.0.2.256\n")
+        send(server, "b@example.net")
+        assert server.outcomes("b@example.net")[0].status == "later"
+        resolv_conf.write(f"nameserver {at_port_53.host}\n")
+        send(server, "b@example.org")       # a child of the server
+        mx.wait_for_messages(1)
+        server.hangup_until(lambda: len(mx.messages) > 1)       # one of the queue manager
+        resolv_conf.write("nameserver 127.0.0.1:1\n")
+        send(server, "c@example.org")
+        assert server.outcomes("c@example.org")[0].status == "later"
+
+    def test_is_not_read_where_the_command_line_names_servers(self, resolv_conf, dns, at_port_53, exchangers, relay):
+        mx, = exchangers(1)
+        dns.mail("example.net", (10, mx))
+        server = relay(binary=resolv_conf.binary, mx_port=mx.port)
+        resolv_conf.write(f"nameserver {at_port_53.host}\nnameserver x\n")
+        send(server, "b@example.net")
+        mx.wait_for_messages(1)
+        assert not at_port_53.queries and not server.logged("resolv.conf")
+
+    def test_what_is_passed_over_is_logged_once(self, resolv_conf, relay):
+        """At the start, and when it has changed."""
+        resolv_conf.write("nameserver fe80::1%nowhere\nnameserver 127.0.0.1:1\n")
+        server = relay(dns=None, binary=resolv_conf.binary)
+        for n in range(3):
+            send(server, f"{n}@example.net")
+            assert server.outcomes(f"{n}@example.net")[0].words.startswith("4.4.3 ")
+        server.hangup()
+        server.outcomes("0@example.net", 2)
+        assert [line for line in server.log if "resolv.conf" in line] == [
+            f"passed over in /etc/resolv.conf: fe80::1%nowhere ({NO_INTERFACE})"]
+        resolv_conf.write("nameserver example.net\nnameserver 127.0.0.1:1\n")
+        server.hangup_until(lambda: server.logged(r"^passed over in /etc/resolv\.conf: example\.net "))
+        server.hangup_until(lambda: len(server.outcomes("0@example.net")) > 2)
+        resolv_conf.write("nameserver 127.0.0.1:1\n")
+        server.hangup_until(lambda: len(server.outcomes("0@example.net")) > 4)
+        assert len(server.logged("resolv.conf")) == 2
+
+
+# ---- Scoped name servers (RFC 4007 11) ----------------------------------------------------------
+
+LINK_LOCAL = "fe80::53"
+
+
+@pytest.fixture
+def link(own_network):
+    """A network in which a link-local address is that of the loopback interface."""
+    own_network("ip", "link", "set", "lo", "up")
+    own_network("ip", "address", "add", f"{LINK_LOCAL}/64", "dev", "lo", "nodad")
+
+
+@pytest.mark.parametrize("zone", [LOOPBACK, "1"])
+def test_scoped_name_server(link, resolver, zone):
+    dns = Nameserver("::")
+    dns.a("mx.example.net", "192.0.2.1")
+    dns.truncate("mx.example.net")      # so it is asked over both UDP and TCP
+    try:
+        port = dns.address.rpartition(":")[2]
+        look_up = subprocess.run([resolver, "mx.example.net", f"[{LINK_LOCAL}%{zone}]:{port}"],
+                                 capture_output=True, text=True, timeout=60)
+        assert (look_up.returncode, look_up.stderr) == (0, "")
+        assert "A    192.0.2.1\n" in look_up.stdout
+        assert transports(dns, "mx.example.net") == ["udp", "tcp"]
+    finally:
+        dns.stop()
+
+
+def test_scoped_name_server_of_a_relay(ipv6, exchangers, relay):
+    mx, = exchangers(1)
+    dns = Nameserver("::1")
+    dns.mail("example.net", (10, mx))
+    port = dns.address.rpartition(":")[2]
+    try:
+        send(relay("-n", f"[::1%{LOOPBACK}]:{port}", dns=None, mx_port=mx.port), "b@example.net")
+        mx.wait_for_messages(1)
+    finally:
+        dns.stop()
 
 
 # ---- Silence ----------------------------------------------------------------------------------
@@ -922,7 +1236,7 @@ def test_resolv_conf(print_servers, tmp_path, text, servers):
 
 
 class Silences:
-    NAMES = ("silent", "once", "tcp", "flooded", "slow0", "slow-tcp0")
+    NAMES = ("silent", "once", "tcp", "flooded", "no-opt", "slow0", "slow-tcp0")
 
     def __init__(self, resolver):
         self.dns = Nameserver()
@@ -930,10 +1244,21 @@ class Silences:
         self._over = threading.Event()
         for name in self.NAMES[:4]:
             self.dns.raw(f"{name}.example.net", self._note_and_answer)
+        self.dns.a("no-opt.example.net", "192.0.2.1")
+        self.dns.dislike_opt("no-opt.example.net")
         for n in range(9):
             self.dns.raw(f"slow{n}.example.net", self._answer_late)
             self.dns.raw(f"slow-tcp{n}.example.net", self._answer_late)
-        self.look_ups = {name: LookUp(resolver, f"{name}.example.net", self.dns.address) for name in self.NAMES}
+        self._resolver = resolver
+        self.look_ups = {}
+        for name in self.NAMES:
+            self.look_up(name)
+
+    def look_up(self, name):
+        """Begins to look the name up, as if for the first time."""
+        for asked in [key for key in self.asked if key[0] == f"{name}.example.net"]:
+            del self.asked[asked]
+        self.look_ups[name] = LookUp(self._resolver, f"{name}.example.net", self.dns.address)
 
     def _note_and_answer(self, query):
         seen = parse_query(query, "", 0)
@@ -1008,6 +1333,14 @@ def test_every_try_is_a_new_one(silences):
     assert first.id != second.id and first.client_port != second.client_port
 
 
+def test_silence_to_a_query_with_opt_is_not_the_end(silences):
+    """A firewall may drop such queries: the next one goes without."""
+    assert silences.result("no-opt", "A") == FOUND
+    assert silences.result("no-opt", "AAAA") == silences.result("no-opt", "MX") == NO_RECORD
+    for type in "A", "AAAA", "MX":
+        assert [query.edns_size for query in of_type(silences.dns, "no-opt.example.net", type)] == [1232, None]
+
+
 def test_silence_over_tcp(silences):
     assert silences.result("tcp", "A") == [
         "failed: the name server truncates its answer and is not to be had over TCP"]
@@ -1030,9 +1363,16 @@ def test_waits_double_and_end(silences, type):
 
 
 def test_a_flood_of_forgeries_gains_no_time(silences):
-    """There is always something to read, and never an answer: the next try has its time."""
-    assert silences.result("flooded", "A") == SILENT
-    assert len(silences.asked["flooded.example.net", "A"]) == 3
+    """There is always something to read, and never an answer: the next try has its time.  Beside
+    other work this machine may lose a query even on its way over loopback.  Then no flood answers
+    that try, so all of them are made again."""
+    asked = silences.asked
+    for _ in range(3):
+        assert silences.result("flooded", "A") == SILENT
+        if len(asked["flooded.example.net", "A"]) >= 3:
+            break
+        silences.look_up("flooded")
+    assert len(asked["flooded.example.net", "A"]) == 3
 
 
 @pytest.mark.parametrize("name", ["slow0", "slow-tcp0"])

@@ -5,7 +5,6 @@ What needs an address that is not loopback's, or port 25, has a network of its o
 which nothing outside sees.
 """
 import contextlib
-import ctypes
 import fcntl
 import json
 import os
@@ -27,7 +26,6 @@ import pytest
 
 from crash import message_id, was_hit
 from lab import BINARY, HOSTNAME, ROOT, Client, run, wait_for
-from test_access import CLONE_NEWNET
 from test_proxy import LOCAL, header
 from programs import program
 
@@ -42,23 +40,11 @@ LETTER = "Subject: %s\n\nDear Nour, This is me testing my server\n"
 
 
 @pytest.fixture
-def network():
-    """A network that this thread, and all that it starts, is in until the test is over."""
-    if os.geteuid() != 0:
-        pytest.skip("only root may make a network")
-    ip = program("ip")
-    libc = ctypes.CDLL(None, use_errno=True)
-    with open("/proc/thread-self/ns/net") as home:
-        if libc.unshare(CLONE_NEWNET) != 0:
-            pytest.skip(f"no network of our own: {os.strerror(ctypes.get_errno())}")
-        try:
-            subprocess.run([ip, "link", "set", "lo", "up"], check=True)
-            for address in (PROXY, *RELAYS, CLIENT, STRANGER):
-                subprocess.run([ip, "address", "add", f"{address}/32", "dev", "lo"], check=True)
-            yield
-        finally:
-            if libc.setns(home.fileno(), CLONE_NEWNET) != 0:
-                pytest.exit("there is no way back into the network of this machine")
+def network(own_network):
+    """A network of our own that has the addresses above."""
+    own_network("ip", "link", "set", "lo", "up")
+    for address in (PROXY, *RELAYS, CLIENT, STRANGER):
+        own_network("ip", "address", "add", f"{address}/32", "dev", "lo")
 
 
 @pytest.fixture
@@ -299,11 +285,12 @@ def test_runit_starts_and_stops_it(service):
 
 # ---- A container --------------------------------------------------------------------------------
 
-# What `podman run`, as the head of the Containerfile has it, makes of a root directory.  The
-# directories are mounted in a mount namespace that ends with it.  chroot is the price of doing
-# it by hand.
+# What `podman run`, as the head of the Containerfile has it, makes of a root directory: with the
+# devices that an engine adds, in a mount namespace that ends with it.  chroot is the price of
+# doing it by hand.
 CONTAINER = """#!/bin/sh
 exec unshare --mount sh -c 'mount --bind {root} {root} && mount -o remount,bind,ro {root} &&
+    mount --bind /dev {root}/dev &&
     mount --bind {volume} {root}{mount_point} &&
     exec setpriv --no-new-privs --bounding-set=-all,+net_bind_service,+setuid,+setgid,+chown,+sys_chroot \\
         chroot {root} {entry} "$@"' smtp "$@"
@@ -331,6 +318,9 @@ def image(tmp_path_factory):
         shutil.copy(source / come_from, target)
     volume, = said["VOLUME"]
     (root / volume.lstrip("/")).mkdir(parents=True)
+    (root / "dev").mkdir()
+    for path in root, root / "dev":
+        path.chmod(0o755)
     assert said["FROM"] == ["scratch"]
     return root, volume, json.loads(said["ENTRYPOINT"][0]), json.loads(said["CMD"][0])
 
@@ -344,7 +334,7 @@ def test_image_is_small_and_whole(image):
 
 
 def test_container_relays(network, image, dns, exchangers, relay, tmp_path):
-    """In a root directory that holds nothing else and may not be written to."""
+    """In a root directory that holds nothing else but devices, and may not be written to."""
     root, mount_point, (entry,), command = image
     for needed in "unshare", "setpriv", "chroot":
         program(needed)

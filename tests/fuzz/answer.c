@@ -87,27 +87,31 @@ static void check_records(const struct dns_query *q, const uint8_t *data, size_t
     }
 }
 
-/* What has to be true of a flight that was on its way when the answer came. */
+/* What must be true of a flight that was under way when the answer came. */
 static void check_answer(const struct flight *f, enum verdict verdict, const uint8_t *data, size_t size)
 {
     const struct dns_query *q = f->query;
+    unsigned rcode = size < 4 ? 0 : data[3] & 0x0F;
 
     assert(is_name(f->name) && f->links <= CHAIN_LIMIT + 1);
     switch (verdict) {
     case FINISHED:
         assert((q->status == DNS_FOUND) == (q->count > 0));
         assert(q->status <= DNS_FAILED && (q->status != DNS_FAILED || q->why != NULL));
+        assert(rcode == NOERROR || rcode == NXDOMAIN);
+        assert(q->status != DNS_NODATA || rcode == NOERROR);
+        assert(q->status != DNS_NXDOMAIN || rcode == NXDOMAIN);
         check_records(q, data, size);
         break;
     case RENAMED:
-        assert(q->count == 0 && f->links > 0 && f->links <= CHAIN_LIMIT);
+        assert(q->count == 0 && f->links > 0 && f->links <= CHAIN_LIMIT && rcode == NOERROR);
         check_query(f->name, q->type);
         break;
     case BROKEN:
         assert(q->count == 0 && q->why != NULL);
         break;
     case NO_EDNS:
-        assert(f->edns);
+        assert(f->edns && rcode != NOERROR && rcode != NXDOMAIN);
         /* fall through */
     default:
         assert(q->count == 0 && q->why == NULL && f->links == 0);

@@ -7,7 +7,7 @@ server might tell.
 import struct
 from pathlib import Path
 
-A, CNAME, MX, AAAA, OPT = 1, 5, 15, 28, 41
+A, NS, CNAME, SOA, MX, AAAA, OPT = 1, 2, 5, 6, 15, 28, 41
 ROOT = b"\0"
 
 
@@ -31,10 +31,13 @@ def mx(preference, exchanger, **more):
     return record(MX, struct.pack("!H", preference) + exchanger, **more)
 
 
-def answer(kind, *records, asked="example.org", flags=0x8180, questions=1, answers=None, more=b""):
-    head = struct.pack("!HHHHHH", 4711, flags, questions, len(records) if answers is None else answers, 0, 0)
+def answer(kind, *records, asked="example.org", flags=0x8180, questions=1, answers=None, authority=(),
+           authorities=None, more=b""):
+    """`answers` and `authorities` are how many records to claim, where that is a lie."""
+    head = struct.pack("!HHHHHH", 4711, flags, questions, len(records) if answers is None else answers,
+                       len(authority) if authorities is None else authorities, 0)
     question = name(asked) + struct.pack("!HH", kind, 1) if questions else b""
-    return head + question + b"".join(records) + more
+    return head + question + b"".join(records) + b"".join(authority) + more
 
 
 def ladder(steps, records):
@@ -54,6 +57,9 @@ def chain(links):
 
 
 HOST = name("mx1.example.org")
+NAMESERVER = record(NS, name("ns.example.org"))
+START = record(SOA, name("ns.example.org") + name("hostmaster.example.org") + struct.pack("!5I", 1, 2, 3, 4, 5))
+ELSEWHERE = record(A, b"1234", owner=name("example.net"))
 LONG = ".".join("a" * 63 for _ in range(3)) + "." + "a" * 61        # 253 characters
 
 SEEDS = {
@@ -71,7 +77,11 @@ SEEDS = {
     "a-in-an-aaaa": answer(AAAA, record(AAAA, b"1234")),
     "one-bad-one-good": answer(A, record(A, b"123"), record(A, b"1234")),
     "class-chaos": answer(A, record(A, b"1234", kind_class=3)),
-    "somebody-elses-record": answer(A, record(A, b"1234", owner=name("example.net"))),
+    "somebody-elses-record": answer(A, ELSEWHERE),
+    "somebody-elses-records-and-mine": answer(A, ELSEWHERE, record(A, b"5678"), ELSEWHERE),
+    "somebody-elses-record-and-a-referral": answer(A, ELSEWHERE, authority=[NAMESERVER]),
+    "somebody-elses-record-and-no-such-name": answer(A, ELSEWHERE, flags=0x8183),
+    "another-type": answer(A, mx(10, HOST)),
     "owner-in-capitals": answer(A, record(A, b"1234", owner=name("EXAMPLE.org"))),
     "cname": answer(A, record(CNAME, name("www.example.org")), record(A, b"1234", owner=name("www.example.org"))),
     "cname-behind-its-target": answer(A, record(A, b"1234", owner=HOST), record(CNAME, HOST)),
@@ -112,7 +122,20 @@ SEEDS = {
     "truncated": answer(A, flags=0x8380),
     "nxdomain": answer(A, flags=0x8183),
     "nodata": answer(A, flags=0x8180),
-    "referral": answer(A, flags=0x8000),
+    "nodata-with-soa": answer(A, authority=[START]),
+    "nodata-with-ns-and-soa": answer(A, authority=[NAMESERVER, START]),
+    "nodata-without-ra": answer(A, flags=0x8100),
+    "nodata-without-ra-with-soa": answer(A, flags=0x8100, authority=[START]),
+    "nodata-with-authority": answer(A, flags=0x8500, authority=[NAMESERVER]),
+    "referral": answer(A, flags=0x8100, authority=[NAMESERVER] * 2),
+    "referral-that-recurses": answer(A, authority=[NAMESERVER]),
+    "referral-behind-a-cname": answer(A, record(CNAME, HOST), flags=0x8100, authority=[NAMESERVER]),
+    "authority-behind-an-answer": answer(A, record(A, b"1234"), authority=[NAMESERVER]),
+    "authority-cut-off": answer(A, authority=[NAMESERVER[:-1]]),
+    "authority-cut-off-behind-an-answer": answer(A, record(A, b"1234"), authority=[NAMESERVER[:-1]]),
+    "authority-count-too-high": answer(A, authority=[NAMESERVER], authorities=65535),
+    "authority-count-too-low": answer(A, authority=[NAMESERVER, START], authorities=1),
+    "authority-with-a-pointer-to-itself": answer(A, authority=[record(NS, ROOT, owner=pointer(29))]),
     "servfail": answer(A, flags=0x8182),
     "refused": answer(A, flags=0x8185),
     "formerr": answer(A, flags=0x8181),
