@@ -1642,11 +1642,14 @@ static void note_extension(struct exchange *x, const char *text)
 
 enum reading { MALFORMED, PARTIAL, COMPLETE };
 
-/* Reads one line of a reply: 250-words, 250 words or 250 (RFC 5321 4.2). */
+/* Reads one line of a reply: 250-words, 250 words or 250 (RFC 5321 4.2).  All lines
+ * should have one code (4.2.1).  Where they differ the last line counts, as other
+ * clients have it: a server may begin a greeting with 220- and end it with 521.  So
+ * x->words are those of the last lines with the same code. */
 static enum reading take_reply_line(struct exchange *x, const char *text, size_t length)
 {
     char line[sizeof x->in];
-    size_t used = x->lines == 0 ? 0 : strlen(x->words);
+    size_t used;
     int code;
 
     for (size_t i = 0; i < length; i++)         /* made harmless before anybody sees it */
@@ -1656,14 +1659,13 @@ static enum reading take_reply_line(struct exchange *x, const char *text, size_t
     if (strspn(line, "0123456789") != 3 || line[0] < '2' || line[0] > '5' || (length > 3 && line[3] != ' ' && line[3] != '-'))
         return MALFORMED;
     code = atoi(line);
-    if (x->lines > 0 && code != x->code)
-        return MALFORMED;
+    if (x->lines == 0 || code != x->code)
+        snprintf(x->words, sizeof x->words, "%d", code);
     if (x->in_ehlo && x->lines > 0 && length > 4)
         note_extension(x, line + 4);
     x->code = code;
     x->closing = code == 421;
-    if (x->lines == 0)
-        used = (size_t)snprintf(x->words, sizeof x->words, "%d", code);
+    used = strlen(x->words);
     if (length > 4)             /* what does not fit is cut off */
         snprintf(x->words + used, sizeof x->words - used, " %.*s", (int)sizeof x->words, line + 4);
     x->lines++;

@@ -615,6 +615,7 @@ BOTH = ("b@example.net", "b@example.org")
 class Pair:
     def __init__(self, dns, exchangers, relay):
         self.bad, self.good = exchangers(2)
+        self.dns = dns
         dns.mail("example.net", (10, self.bad), (20, self.good))
         dns.mail("example.org", (10, self.bad))
         self._relay = relay
@@ -708,6 +709,59 @@ def test_5xx_greeting(dns, exchangers, relay, others, status, preference):
     server = relay(mx_port=first.port)
     send(server, "b@example.net")
     assert outcome(server, "b@example.net").status == status
+
+
+# Replies whose lines differ in code: the last line says what is meant.
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("before", [250, 354, 554])
+def test_4xx_behind_another_code(pair, stage, before):
+    pair.bad.set(**at(stage, replies={stage: f"{before}-mx1 welcomes you\n451-4.7.1 not\n451 4.7.1 now"}))
+    server = pair.start()
+    send(server, "b@example.org")
+    assert outcome(server, "b@example.org").words == "451 4.7.1 not 4.7.1 now"
+    path, = server.queue()
+    assert path.read_bytes().endswith(b" 451 4.7.1 not 4.7.1 now\r\n")
+    assert b"mx1 welcomes you" not in path.read_bytes()
+
+
+@pytest.mark.parametrize("stage", [stage for stage in STAGES if stage != "EHLO"])       # there HELO would follow
+@pytest.mark.parametrize("before", [250, 354, 451])
+def test_5xx_behind_another_code(pair, stage, before):
+    """As postscreen has it in its greeting.  The sender reads why."""
+    pair.bad.set(**at(stage, replies={stage: f"{before}-mx1.example.net ESMTP\n521 5.7.1 blocked using dnsbl"}))
+    pair.dns.mail("example.com", (10, pair.good))
+    server = pair.start()
+    send(server, "b@example.org", sender="nour@example.com")
+    found = outcome(server, "b@example.org")
+    assert (found.status, found.words) == ("failed", "521 5.7.1 blocked using dnsbl")
+    report, = pair.good.wait_for_messages(1)
+    assert b"Diagnostic-Code: smtp; 521 5.7.1 blocked using dnsbl\r\n" in report.data
+    assert b"ESMTP" not in report.data.partition(b"Diagnostic-Code")[2].partition(b"\r\n")[0]
+
+
+def test_greeting_that_turns_into_a_refusal(pair):
+    """Its first line alone wins no race: postscreen has the rest come six seconds later."""
+    def greet(connection):
+        connection.send(b"220-mx1.example.net ESMTP\r\n")
+        wait_for(lambda: pair.good.connections)
+        return "521 5.7.1 blocked using dnsbl"
+
+    pair.bad.set(replies={"CONNECT": greet})
+    pair.dns.mail("example.com", (10, pair.bad), (10, pair.good))
+    server = pair.start()
+    send(server, "b@example.com")
+    assert outcome(server, "b@example.com").relay == label(pair.good)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_2xx_behind_another_code(world, stage):
+    code = {"CONNECT": 220, "DATA": 354}.get(stage, 250)
+    world.exchanger.set(**at(stage, replies={stage: f"451-4.7.1 wait\n554-5.7.1 no\n{code} 2.0.0 yes, after all"}))
+    send(world.relay, "b@example.net")
+    found = outcome(world.relay, "b@example.net")
+    assert (found.status, found.words) == ("sent", "250 2.0.0 yes, after all" if stage == "." else "250 2.0.0 Ok")
 
 
 @hostile
@@ -862,7 +916,7 @@ NOISE = {
     "binary": b"\0\xff\x80\r\n", "nothing": b"\r\n", "two digits": b"25\r\n", "four digits": b"2500 Ok\r\n",
     "no digits": b"Ok\r\n", "too small": b"150 Ok\r\n", "too large": b"650 Ok\r\n", "no blank": b"250_Ok\r\n",
     "signed": b"+25 Ok\r\n", "another protocol": b"HTTP/1.1 400 Bad Request\r\n\r\n",
-    "another code inside": b"250-Ok\r\n550 no\r\n", "endless line": b"250 " + b"x" * 100000,
+    "noise inside": b"250-Ok\r\nOk\r\n250 Ok\r\n", "endless line": b"250 " + b"x" * 100000,
     "endless reply": b"250-Ok\r\n" * 5000}
 
 
