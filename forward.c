@@ -1010,15 +1010,23 @@ enum progress {
     SPENT           /* tried in vain, or used */
 };
 
+/* What an address has against us in this try, where that matters to more than the
+ * message in hand. */
+enum refusal {
+    NO_REFUSAL,
+    NO_NETWORK,     /* connect() failed at once: this machine has no network for the address */
+    NO_LISTENER,    /* the host refused the connection */
+    BUSY,           /* it takes no further connection just now: 421, or a 4xx greeting */
+    NO_MAIL         /* it greeted with a 5xx: it takes no mail (RFC 5321 3.1) */
+};
+
 struct exchange {
     char name[DNS_NAME_SIZE];
     unsigned preference;
     union address address;
     char label[LABEL_SIZE];             /* name[address], or name[address]/tls, for log and record */
     enum progress progress;
-    bool refused;                       /* it greeted with a 5xx */
-    bool no_room;                       /* it takes no further connection just now: 421, or a 4xx greeting */
-    int error;                          /* errno of a connect() that failed, else 0 */
+    enum refusal refusal;               /* why it is SPENT, in this try */
     int fd;
     int64_t deadline;                   /* of the step it is in */
     int64_t begun, connected, greeted;  /* microseconds; 0: not yet */
@@ -1837,7 +1845,8 @@ static enum outcome hear_greeting(struct exchange *x)
 {
     int code = read_reply(x, GREETING);
 
-    x->refused = code >= 500;
+    if (code >= 500)
+        x->refusal = NO_MAIL;
     return judge(x, code) == SENT ? SENT : LATER;
 }
 
@@ -2243,11 +2252,22 @@ static void spend(struct exchange *x)
     x->progress = SPENT;
 }
 
+/* What the error of a connect() says.  `at_once`: it came from this machine, and not
+ * from a router or from a host that does not answer. */
+static enum refusal connect_refusal(int error, bool at_once)
+{
+    if (error == ECONNREFUSED)
+        return NO_LISTENER;
+    if (at_once && (error == ENETUNREACH || error == EHOSTUNREACH || error == EAFNOSUPPORT || error == EADDRNOTAVAIL))
+        return NO_NETWORK;
+    return NO_REFUSAL;
+}
+
 static void start_connecting(struct exchange *x)
 {
     x->connected = x->greeted = 0;
-    x->ready = x->refused = x->no_room = false;
-    x->error = 0;
+    x->ready = false;
+    x->refusal = NO_REFUSAL;
     x->messages = 0;
     x->size = x->lines = 0;
     x->closing = false;
@@ -2257,7 +2277,7 @@ static void start_connecting(struct exchange *x)
     x->progress = CONNECTING;
     x->fd = socket_open(&x->address, SOCK_STREAM);
     if (x->fd < 0 || (connect(x->fd, &x->address.sa, address_size(&x->address)) != 0 && errno != EINPROGRESS)) {
-        x->error = errno;
+        x->refusal = connect_refusal(errno, true);
         snprintf(x->words, sizeof x->words, "4.4.1 %s", strerror(errno));
         spend(x);
     }
@@ -2271,7 +2291,7 @@ static void finish_connecting(struct exchange *x)
 
     getsockopt(x->fd, SOL_SOCKET, SO_ERROR, &error, &size);
     if (error != 0) {
-        x->error = error;
+        x->refusal = connect_refusal(error, false);
         snprintf(x->words, sizeof x->words, "4.4.1 %s", strerror(error));
         spend(x);
         return;
@@ -2298,12 +2318,10 @@ static void take_greeting(struct exchange *x)
     }
     if (reading == PARTIAL && open)
         return;
-    if (reading == COMPLETE) {
-        x->refused = judge(x, x->code) == FAILED;
-        x->no_room = judge(x, x->code) == LATER;
-    } else {
+    if (reading == COMPLETE)
+        x->refusal = judge(x, x->code) == FAILED ? NO_MAIL : BUSY;
+    else
         lose(x, open ? "no SMTP reply" : "connection lost", GREETING);
-    }
     spend(x);
 }
 
@@ -2526,7 +2544,8 @@ static void talk(struct batch *b, struct exchange *x, struct message *m, struct 
         return;
     }
     ended = (!alive || x->closing) && !x->accepting;
-    x->no_room = x->closing && ended && !used;
+    if (x->closing && ended && !used)
+        x->refusal = BUSY;
     if (alive)
         say(x, QUIT, "QUIT\r\n");
     spend(x);
@@ -2534,18 +2553,34 @@ static void talk(struct batch *b, struct exchange *x, struct message *m, struct 
         x->progress = UNTRIED;
 }
 
-/* Nobody of this preference is left.  Who has had no answer from anybody yet
- * gets the reason why the last of them could not be reached. */
-static void blame_last(const struct route *route, unsigned preference, struct recipient **to, size_t count)
+/* Recipients that have had no answer from any exchanger in this try get the reason
+ * why the most preferred address could not be reached.  One that this machine has no
+ * network for is to blame only if all are. */
+static void blame(const struct route *route, struct recipient **to, size_t count)
 {
-    const struct exchange *last = NULL;
+    const struct exchange *blamed = NULL;
 
     for (const struct exchange *x = route->x; x < route->x + route->count; x++)
-        if (x->preference == preference && x->progress == SPENT)
-            last = x;
-    for (size_t i = 0; i < count && last != NULL; i++)
+        if (x->progress == SPENT && (blamed == NULL || (blamed->refusal == NO_NETWORK && x->refusal != NO_NETWORK)))
+            blamed = x;
+    for (size_t i = 0; i < count && blamed != NULL; i++)
         if (to[i]->outcome == LATER && !to[i]->unrecorded)
-            settle(to[i], LATER, last->label, last->words);
+            settle(to[i], LATER, blamed->label, blamed->words);
+}
+
+/* Did all greet with a 5xx?  Then the domain takes no mail (RFC 5321 3.1).  An address
+ * that this machine has no network for has no say in this, nor could it take the mail;
+ * an exchanger whose address is not known could. */
+static bool all_refuse(const struct route *route)
+{
+    bool any = false;
+
+    for (const struct exchange *x = route->x; x < route->x + route->count; x++) {
+        if (x->refusal != NO_MAIL && x->refusal != NO_NETWORK)
+            return false;
+        any = any || x->refusal == NO_MAIL;
+    }
+    return any && route->whole;
 }
 
 /* What a try came to, `reached` whether any exchanger has greeted us in it. */
@@ -2555,7 +2590,7 @@ static enum reach judge_try(const struct batch *b, const struct route *route, st
     if (!any_owed(to, count))
         return REACHED;
     for (const struct exchange *x = route->x; x < route->x + route->count; x++)
-        if (x->no_room || (x->error == ECONNREFUSED && b->company))
+        if (x->refusal == BUSY || (x->refusal == NO_LISTENER && b->company))
             return NO_ROOM;
     return reached ? REACHED : UNREACHED;
 }
@@ -2565,7 +2600,7 @@ static enum reach judge_try(const struct batch *b, const struct route *route, st
 static enum reach try_exchangers(struct batch *b, struct route *route, struct message *m, struct recipient **to,
     size_t count)
 {
-    bool reached = false, refused = true;
+    bool reached = false, refused;
     size_t i = 0;
 
     while (i < route->count && any_owed(to, count)) {
@@ -2578,12 +2613,13 @@ static enum reach try_exchangers(struct batch *b, struct route *route, struct me
             route->open = x->fd >= 0 ? x : NULL;
             continue;
         }
-        blame_last(route, preference, to, count);
-        for (; i < route->count && route->x[i].preference == preference; i++)
-            refused = refused && route->x[i].refused;
+        while (i < route->count && route->x[i].preference == preference)
+            i++;
     }
-    for (size_t k = 0; k < count; k++)      /* a 5xx greeting from all: no mail is taken there (RFC 5321 3.1) */
-        if (to[k]->outcome == LATER && route->whole && refused)
+    blame(route, to, count);
+    refused = all_refuse(route);
+    for (size_t k = 0; k < count; k++)
+        if (to[k]->outcome == LATER && refused)
             to[k]->outcome = FAILED;
     return judge_try(b, route, to, count, reached);
 }

@@ -764,6 +764,68 @@ def test_2xx_behind_another_code(world, stage):
     assert (found.status, found.words) == ("sent", "250 2.0.0 yes, after all" if stage == "." else "250 2.0.0 Ok")
 
 
+NO_NETWORK = ["192.0.2.1", "198.51.100.1", "2001:db8::1"]      # the second by a route that says so
+
+
+@pytest.fixture
+def loopback_alone(own_network):
+    """A network with nothing but loopback.  To be asked for before anything that has sockets."""
+    own_network("ip", "link", "set", "lo", "up")
+    return own_network
+
+
+@pytest.fixture
+def nowhere(loopback_alone):
+    """A machine whose network does not lead to these addresses."""
+    loopback_alone("ip", "route", "add", "unreachable", "198.51.100.0/24")
+    return NO_NETWORK
+
+
+@pytest.mark.parametrize("at", range(len(NO_NETWORK)), ids=NO_NETWORK)
+@pytest.mark.parametrize("preference", [5, 10, 20], ids=["before", "equal", "behind"])
+@pytest.mark.parametrize("says, status", [
+    ("554 5.7.1 no mail here", "failed"), ("421 4.3.2 busy", "later"), (None, "later")], ids=["5xx", "4xx", "gone"])
+def test_address_without_a_network(nowhere, dns, exchangers, relay, at, preference, says, status):
+    """It has no say, and no share in the words: it is as if it had been left out."""
+    mx, = exchangers(1)
+    mx.set(replies={"CONNECT": says})
+    if says is None:
+        mx.stop()
+    dns.mx("example.net", (10, mx.name), (preference, "far.example.net"))
+    dns.a(mx.name, mx.host)
+    (dns.aaaa if ":" in nowhere[at] else dns.a)("far.example.net", nowhere[at])
+    server = relay(mx_port=mx.port)
+    send(server, "b@example.net")
+    found = outcome(server, "b@example.net")
+    assert (found.relay, found.status, found.words) == (label(mx), status, says or "4.4.1 Connection refused")
+
+
+def test_address_of_a_family_that_is_switched_off(loopback_alone, dns, exchangers, relay):
+    switch = Path("/proc/sys/net/ipv6/conf/all/disable_ipv6")
+    if switch.exists():         # else this kernel never had IPv6
+        switch.write_text("1")
+    mx, = exchangers(1)
+    mx.set(replies={"CONNECT": "554 5.7.1 no mail here"})
+    dns.mail("example.net", (10, mx))
+    dns.aaaa(mx.name, "2001:db8::1")
+    server = relay(mx_port=mx.port)
+    send(server, "b@example.net")
+    found = outcome(server, "b@example.net")
+    assert (found.relay, found.status, found.words) == (label(mx), "failed", "554 5.7.1 no mail here")
+
+
+def test_no_address_has_a_network(nowhere, dns, relay):
+    """The machine may get one."""
+    dns.mx("example.net", (10, "far.example.net"))
+    dns.a("far.example.net", *(address for address in nowhere if "." in address))
+    dns.aaaa("far.example.net", *(address for address in nowhere if ":" in address))
+    server = relay()
+    send(server, "b@example.net")
+    found = outcome(server, "b@example.net")
+    assert found.status == "later"
+    assert found.words in ("4.4.1 Network is unreachable", "4.4.1 No route to host")
+
+
 @hostile
 @pytest.mark.parametrize("stage, reply", [
     ("CONNECT", "354 go ahead"), ("EHLO", "354 go ahead"), ("MAIL", "354 go ahead"), ("RCPT", "354 go ahead"),
