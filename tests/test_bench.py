@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 import time
+from concurrent import futures
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -163,6 +164,20 @@ def test_source_says_what_it_was_refused_with(harness, exchangers):
         source(harness, harness.slow, 5, 1)
 
 
+def test_source_connects_again_where_the_server_never_had_its_connection(harness, exchangers):
+    exchanger, = exchangers(1)
+    exchanger.set(drop_at="CONNECT", reset=True)
+    with futures.ThreadPoolExecutor() as pool:
+        sent = pool.submit(source, harness, exchanger, 5, 2)
+        try:
+            lab.wait_for(lambda: len(exchanger.connections) > 4, what="further connections")
+        finally:
+            exchanger.set(drop_at=None)
+        run = sent.result()
+    assert sorted(message.recipients for message in exchanger.messages) == [
+        [f"<{number}{run}@example.net>"] for number in range(1, 6)]
+
+
 def test_a_round(harness, tmp_path):
     assert bench.measure_all(harness, ["latency", "drain"], ["smtp", "before"], 1), harness.notes
     found = {(record["peer"], record["metric"]): record["value"] for record in harness.records}
@@ -229,6 +244,12 @@ def test_results_are_medians():
     results = bench.Results(records)
     assert results.lines("accepted") == {"smtp": [(1, 20), (20, 2000)]}
     assert "accepted /s  2,000 (1,000-3,000)" in "".join(bench.tables(results))
+
+
+def test_charts_show_what_is_above_nothing():
+    records = [{"peer": peer, "metric": "idle", "at": at, "round": 0, "value": value}
+               for peer, at, value in (("smtp", 0, 5), ("smtp", 200, -0.5), ("smtp", 1000, 0.3), ("before", 200, -1))]
+    assert bench.Results(records).lines("idle") == {"smtp": [(1000, 0.3)]}
 
 
 def test_ratios_are_those_of_each_round():

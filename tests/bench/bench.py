@@ -788,9 +788,13 @@ class Results:
         return sorted({at for _, name, at in self._values if name == metric})
 
     def lines(self, metric):
-        """For a chart: each peer's medians.  What nothing grows for is at 0, and no part of it."""
-        series = {peer: [(at, statistics.median(self.values(peer, metric, at)))
-                         for at in self.ats(metric) if at > 0 and self.values(peer, metric, at)] for peer in self.peers}
+        """For a chart, whose axes may be logarithmic: each peer's medians where both `at` and
+        they are above 0. Memory can be less than 0: freed meanwhile, in processes that ended."""
+        series = {}
+        for peer in self.peers:
+            medians = [(at, statistics.median(self.values(peer, metric, at)))
+                       for at in self.ats(metric) if at > 0 and self.values(peer, metric, at)]
+            series[peer] = [(at, median) for at, median in medians if median > 0]
         return {peer: line for peer, line in series.items() if line}
 
     def bars(self, metric):
@@ -998,13 +1002,13 @@ def main():
         outcome = run(chosen)
     else:
         sys.exit("bench: only root can take the ports 25 and 53, and not every peer can be told others")
+    print(report(outcome), flush=True)
     if chosen.json:
         chosen.json.write_text(json.dumps(outcome, indent=1) + "\n")
     if chosen.text:
         chosen.text.write_text(report(outcome))
     if chosen.charts:
         draw(Results(outcome["records"]), chosen.charts)
-    print(report(outcome))
     sys.exit(0 if outcome["well"] else 1)
 
 

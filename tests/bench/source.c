@@ -138,20 +138,30 @@ static void say(struct session *s, enum step step, size_t body_size, const char 
     send_some(s);
 }
 
-static void begin(struct session *s)
+/* A server whose queue of connections to accept is full may never learn of one that the
+ * client takes for established (Linux, SYN cookies). Keepalive probes find those. */
+static void open_connection(struct session *s)
 {
-    int on = 1;
+    int on = 1, second = 1;
 
     s->fd = socket(AF_INET, SOCK_STREAM | SOCK_NONBLOCK, 0);
     if (s->fd < 0)
         fail("socket: %s", strerror(errno));
     setsockopt(s->fd, IPPROTO_TCP, TCP_NODELAY, &on, sizeof on);
+    setsockopt(s->fd, SOL_SOCKET, SO_KEEPALIVE, &on, sizeof on);
+    setsockopt(s->fd, IPPROTO_TCP, TCP_KEEPIDLE, &second, sizeof second);
+    setsockopt(s->fd, IPPROTO_TCP, TCP_KEEPINTVL, &second, sizeof second);
     if (connect(s->fd, (struct sockaddr *)&settings.server, sizeof settings.server) != 0 && errno != EINPROGRESS)
         fail("connect: %s", strerror(errno));
     s->step = CONNECT;
-    s->number = ++begun;
     s->line_size = 0;
     watch(s, EPOLL_CTL_ADD, EPOLLIN);
+}
+
+static void begin(struct session *s)
+{
+    s->number = ++begun;
+    open_connection(s);
 }
 
 static void say_mail(struct session *s)
@@ -226,6 +236,11 @@ static void hear(struct session *s)
 
     if (n < 0 && (errno == EAGAIN || errno == EINTR))
         return;
+    if (n < 0 && errno == ECONNRESET && s->step == CONNECT) {   /* the server never had this connection */
+        close(s->fd);
+        open_connection(s);
+        return;
+    }
     if (n <= 0)
         fail("message %u: no reply: %s", s->number, n == 0 ? "the server closed the connection" : strerror(errno));
     s->line_size += (size_t)n;
