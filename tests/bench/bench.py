@@ -725,8 +725,6 @@ def surroundings(directory):
     load = os.getloadavg()      # before anything here is a load itself
     model = re.search(r"^model name\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.M)
     disk = subprocess.run(["df", "--output=fstype", directory], stdout=subprocess.PIPE, text=True, check=True)
-    group = peers.Group()
-    group.remove()
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         "command": " ".join(["python3", "tests/bench/bench.py", *sys.argv[1:]]),
@@ -735,7 +733,7 @@ def surroundings(directory):
         "system": f"{platform.system()} {platform.release()}",
         "disk": disk.stdout.split()[-1],
         "spools": "new for each run, " + ("placed apart" if spread_out(directory) else "placed by the file system"),
-        "processor time": "of control groups" if group.directory else
+        "processor time": "of control groups" if peers.Group.exist() else
                           "of children only as their parents waited for them: there are no control groups here",
         "load before": " ".join(f"{each:.2f}" for each in load),
         "files stored a second by one process": sync_rate(directory, 1),
