@@ -1055,6 +1055,7 @@ struct route {
     size_t count;
     enum outcome outcome;               /* SENT: there is a way; else why there is none */
     bool whole;                         /* no exchanger is missing for want of an answer from DNS */
+    bool left_out;                      /* there are addresses of a family that -b leaves out */
     char words[REPLY_SIZE];
 };
 
@@ -1123,7 +1124,23 @@ static bool is_self(const union address *a, unsigned port)
     return false;
 }
 
-/* Adds an address to the route.  False: it is our own, and the list ends here. */
+/* What connections of this family come from: an address given with -b, or NULL. */
+static const union address *source_of(int family)
+{
+    for (size_t i = 0; i < settings.source_count; i++)
+        if (settings.sources[i].sa.sa_family == family)
+            return &settings.sources[i];
+    return NULL;
+}
+
+/* Does -b leave this family out, by naming an address of the other alone? */
+static bool is_left_out(int family)
+{
+    return settings.source_count > 0 && source_of(family) == NULL;
+}
+
+/* Adds an address to the route, unless there is no way to use it.  False: it is our
+ * own, and the list ends here. */
 static bool add_address(struct route *route, const char *name, unsigned preference, union address a, unsigned port)
 {
     char text[ADDRESS_TEXT];
@@ -1134,6 +1151,10 @@ static bool add_address(struct route *route, const char *name, unsigned preferen
         return true;
     if (is_self(&a, port))
         return false;
+    if (is_left_out(a.sa.sa_family)) {
+        route->left_out = true;
+        return true;
+    }
     if (route->count == ADDRESS_LIMIT)
         return true;
     address_set_port(&a, port);
@@ -1153,6 +1174,29 @@ static void no_smarthost(struct route *route, bool self)
 {
     no_route(route, LATER, "4.4.4 the smarthost %s %s: name another with -s", settings.smarthost,
         self ? "is this relay itself" : "has no usable address");
+}
+
+/* What -b leaves out is our operator's choice and may be a mistake, so no sender's mail
+ * is returned for it at once. */
+static void no_source(struct route *route)
+{
+    no_route(route, LATER, "4.4.4 there are only addresses of a family that -b leaves out");
+}
+
+/* The exchangers have no address to go on with; `trouble` is what DNS failed with, or
+ * NULL, and `self` whether this relay is among them. */
+static void no_address(struct route *route, const char *trouble, bool self)
+{
+    if (trouble != NULL)
+        no_route(route, LATER, "4.4.3 no address of an exchanger: %s", trouble);
+    else if (route->left_out)
+        no_source(route);
+    else if (settings.smarthost != NULL)
+        no_smarthost(route, self);
+    else if (self)
+        no_route(route, FAILED, "5.4.6 mail for this domain would loop back to this relay");
+    else
+        no_route(route, FAILED, "5.4.4 no exchanger of this domain has a usable address");
 }
 
 static const char resolv_conf[] = "/etc/resolv.conf";
@@ -1206,23 +1250,18 @@ static void add_exchangers(struct route *route, const struct dns_record *mx, siz
     for (size_t i = 0; i < 2 * count && !self; i++) {
         const struct dns_query *q = &queries[i];
 
-        if (q->status == DNS_FAILED)
+        if (q->status == DNS_FAILED) {
             trouble = q->why;
+            route->whole = route->whole && is_left_out(q->type == DNS_A ? AF_INET : AF_INET6);
+        }
         for (size_t k = 0; k < q->count && !self; k++)
             self = !add_address(route, q->name, mx[i / 2].preference, q->records[k].address, port);
         /* RFC 5321 5.1: who is not better than we are would send it back to us. */
         while (self && route->count > 0 && route->x[route->count - 1].preference >= mx[i / 2].preference)
             route->count--;
     }
-    route->whole = trouble == NULL;
-    if (route->count == 0 && trouble != NULL)
-        no_route(route, LATER, "4.4.3 no address of an exchanger: %s", trouble);
-    else if (route->count == 0 && settings.smarthost != NULL)
-        no_smarthost(route, self);
-    else if (route->count == 0 && self)
-        no_route(route, FAILED, "5.4.6 mail for this domain would loop back to this relay");
-    else if (route->count == 0)
-        no_route(route, FAILED, "5.4.4 no exchanger of this domain has a usable address");
+    if (route->count == 0)
+        no_address(route, trouble, self);
     free(queries);
 }
 
@@ -1267,6 +1306,7 @@ static void find_route(struct route *route, const char *domain)
     route->open = NULL;
     route->count = 0;
     route->whole = true;
+    route->left_out = false;
     route->outcome = SENT;
     if (settings.smarthost != NULL)
         known = address_parse(settings.smarthost, port, &a);
@@ -1275,7 +1315,9 @@ static void find_route(struct route *route, const char *domain)
     if (known) {
         bool self = !add_address(route, address_text(&a, text), 0, a, port);
 
-        if (settings.smarthost != NULL && route->count == 0)
+        if (route->left_out)
+            no_source(route);
+        else if (settings.smarthost != NULL && route->count == 0)
             no_smarthost(route, self);
         else if (self)
             no_route(route, FAILED, "5.4.6 mail for this address would loop back to this relay");
@@ -2263,8 +2305,32 @@ static enum refusal connect_refusal(int error, bool at_once)
     return NO_REFUSAL;
 }
 
+/* Begins to connect; the socket never blocks.  Returns 0, or the error with which
+ * this failed at once, described in x->words. */
+static int begin_connecting(struct exchange *x)
+{
+    const union address *source = source_of(x->address.sa.sa_family);
+    char text[ADDRESS_TEXT];
+    int error;
+
+    x->fd = socket_open(&x->address, SOCK_STREAM);
+    if (x->fd >= 0 && source != NULL && is_usable(source) && bind(x->fd, &source->sa, address_size(source)) != 0) {
+        error = errno;
+        snprintf(x->words, sizeof x->words, "4.4.1 cannot connect from %s (-b): %s", address_text(source, text),
+            strerror(error));
+        return error;
+    }
+    if (x->fd >= 0 && (connect(x->fd, &x->address.sa, address_size(&x->address)) == 0 || errno == EINPROGRESS))
+        return 0;
+    error = errno;
+    snprintf(x->words, sizeof x->words, "4.4.1 %s", strerror(error));
+    return error;
+}
+
 static void start_connecting(struct exchange *x)
 {
+    int error;
+
     x->connected = x->greeted = 0;
     x->ready = false;
     x->refusal = NO_REFUSAL;
@@ -2275,10 +2341,9 @@ static void start_connecting(struct exchange *x)
     x->begun = clock_us();
     x->deadline = step_deadline(CONNECT);
     x->progress = CONNECTING;
-    x->fd = socket_open(&x->address, SOCK_STREAM);
-    if (x->fd < 0 || (connect(x->fd, &x->address.sa, address_size(&x->address)) != 0 && errno != EINPROGRESS)) {
-        x->refusal = connect_refusal(errno, true);
-        snprintf(x->words, sizeof x->words, "4.4.1 %s", strerror(errno));
+    error = begin_connecting(x);
+    if (error != 0) {
+        x->refusal = connect_refusal(error, true);
         spend(x);
     }
 }

@@ -1807,6 +1807,7 @@ static const char usage_text[] =
     "            -t time         drop a client after this silence, in s, m, h, d (5m)\n"
     "exchangers  -n host[:port]  ask this name server (those of /etc/resolv.conf)\n"
     "            -P port         where exchangers listen (25)\n"
+    "            -b address      connect from it, one of IPv4, of IPv6 or of each (any)\n"
     "            -T tls          deliver by TLS: never, may (if offered), must (may)\n"
     "            -s, -S host[:port]  the smarthost for all mail (-S: TLS at once)\n"
     "            -A file         our name and password there, a line each (port 587)\n"
@@ -1929,6 +1930,22 @@ static void add_nameserver(const char *text)
     if (why != NULL)
         misused("-n %s: %s (name a server as 192.0.2.53 or [2001:db8::53]:5353)", text, why);
     n->count++;
+}
+
+static void add_source(const char *text)
+{
+    union address a;
+    size_t size;
+
+    if (!address_parse(text, 0, &a))
+        misused("-b %s: not an address such as 192.0.2.1 or 2001:db8::1", text);
+    address_unmap(&a);
+    for (size_t i = 0; i < settings.source_count; i++)
+        if (settings.sources[i].sa.sa_family == a.sa.sa_family)
+            misused("-b %s: one IPv4 address and one IPv6 address at most", text);
+    if (*address_octets(&a, &size) >= (a.sa.sa_family == AF_INET6 ? 255 : 224))     /* bind() may take it */
+        misused("-b %s: multicast and broadcast addresses are nobody's to connect from", text);
+    settings.sources[settings.source_count++] = a;
 }
 
 static void set_smarthost(const char *text)
@@ -2086,6 +2103,22 @@ static void listen_on(const char *name, unsigned port)
     settings.listening_count = listener_count;
 }
 
+/* Dies where this machine does not have an address given with -b, because no mail
+ * would get out.  A server that starts before its network is up fails to listen, too:
+ * it has to be started later, or again. */
+static void check_sources(void)
+{
+    for (size_t i = 0; i < settings.source_count; i++) {
+        const union address *a = &settings.sources[i];
+        char text[ADDRESS_TEXT];
+        int fd = socket_open(a, SOCK_STREAM);
+
+        if (fd < 0 || bind(fd, &a->sa, address_size(a)) != 0)
+            die("cannot connect from %s (-b takes an address that this machine has)", address_text(a, text));
+        close(fd);
+    }
+}
+
 /* Whom root becomes: a user, or a number that is both user and group, for where
  * there is nobody to ask for names, as in an empty chroot. */
 static const struct passwd *find_user(const char *name)
@@ -2168,10 +2201,11 @@ static void read_options(int argc, char **argv, unsigned *port, const char **use
     int option;
 
     opterr = 0;
-    while ((option = getopt(argc, argv, ":A:a:c:d:e:h:j:lM:m:n:P:p:q:r:S:s:T:t:u:Vvw:X:")) != -1)
+    while ((option = getopt(argc, argv, ":A:a:b:c:d:e:h:j:lM:m:n:P:p:q:r:S:s:T:t:u:Vvw:X:")) != -1)
         switch (option) {
         case 'A': password_file = optarg; break;
         case 'a': add_network(&settings.allowed, option, optarg); break;
+        case 'b': add_source(optarg); break;
         case 'c': settings.per_address = (long)number(option, optarg, 0, LONG_MAX); break;
         case 'd': add_domain(optarg); break;
         case 'e': settings.expire = (long)quantity(option, optarg, &time_units, 1, LONG_MAX / 1000); break;
@@ -2281,6 +2315,7 @@ int main(int argc, char **argv)
     check_resolv_conf();      /* while still root, in case only root may read resolv.conf */
     for (; optind < argc; optind++)
         listen_on(argv[optind], port);
+    check_sources();
     if (root)
         user = find_user(user_name);
     else if (user_name != NULL)

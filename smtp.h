@@ -96,6 +96,8 @@ struct settings {
     char user[SECRET_SIZE];         /* -A: our name at the smarthost, or "" ... */
     char password[SECRET_SIZE];     /* ... and the password for it */
     unsigned mx_port;               /* -P: where exchangers listen */
+    union address sources[2];       /* -b: what connections to exchangers come from, one of a family at most, ... */
+    size_t source_count;            /* ... so many of them; with one, its family alone is used; 0: any address */
     unsigned long long max_size;    /* -m: octets in a message, 0 for any */
     long idle;                      /* -t: seconds of silence from a client */
     long retry, expire;             /* -r, -e: seconds */

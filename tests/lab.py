@@ -440,7 +440,7 @@ class Connection(Wire):
         super().__init__(sock)
         # Replies to commands that came together would wait for each other's ACK.
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self.client_port = client[1]
+        self.client_host, self.client_port = client[:2]
         self.opened = time.monotonic()
         self.closed = False
         self.tls = None             # the version, such as "TLSv1.3", once the handshake is done

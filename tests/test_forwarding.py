@@ -470,6 +470,117 @@ def test_every_recipient_has_an_outcome_of_its_own(world, extensions):
     assert message.recipients == ["<c@example.net>"]
 
 
+# ---- Where connections come from ------------------------------------------------------------------
+
+
+@pytest.fixture
+def both(dns, exchangers, ipv6):
+    """Two exchangers of example.net: the preferred one has IPv6 and the other IPv4."""
+    ipv4, ipv6 = exchangers(1, "::1")
+    dns.mail("example.net", (10, ipv6), (20, ipv4))
+    return ipv4, ipv6
+
+
+def test_source(world, relay, tmp_path):
+    source = loopback()
+    server = relay("-b", source, mx_port=world.exchanger.port, spool=tmp_path / "other")
+    send(server, "b@example.net")
+    message, = world.exchanger.wait_for_messages(1)
+    assert message.connection.client_host == source
+
+
+def test_source_of_each_family(both, relay):
+    ipv4, ipv6 = both
+    source = loopback()
+    server = relay("-b", "::1", "-b", source, mx_port=ipv4.port)
+    ipv6.set(replies={"MAIL": "451 4.7.1 later"})
+    send(server, "b@example.net")
+    message, = ipv4.wait_for_messages(1)
+    assert message.connection.client_host == source
+    assert [connection.client_host for connection in ipv6.connections] == ["::1"]
+
+
+@pytest.mark.parametrize("source, family", [("0.0.0.0", 0), ("127.0.0.1", 0), ("::", 1), ("::1", 1)])
+def test_source_of_one_family_leaves_the_other_out(dns, both, relay, source, family):
+    """As if DNS had not named it: not even as a fallback, and without a say in a refusal."""
+    used, left_out = both[family], both[1 - family]
+    dns.mail("example.net", (20, used), (10, left_out))
+    used.set(replies={"MAIL": ["451 4.7.1 later"]})
+    server = relay("-b", source, mx_port=used.port)
+    send(server, "b@example.net")
+    assert outcome(server, "b@example.net").relay == label(used)
+    used.set(replies={"CONNECT": "554 5.7.1 no PTR"})
+    server.hangup_until(lambda: not server.queue())
+    assert server.outcomes("b@example.net", 2)[-1].status == "failed"
+    assert not left_out.connections
+
+
+def test_trouble_with_the_family_that_is_left_out(dns, both, relay):
+    """It does not matter whether DNS could have named more."""
+    ipv4, _ = both
+    ipv4.set(replies={"CONNECT": "554 5.7.1 no mail here"})
+    dns.mail("example.net", (10, ipv4))
+    dns.rcode(ipv4.name, 2, type="AAAA")
+    server = relay("-b", "0.0.0.0", mx_port=ipv4.port)
+    send(server, "b@example.net")
+    assert outcome(server, "b@example.net").status == "failed"
+
+
+@pytest.mark.parametrize("to", ["b@example.net", "b@[IPv6:::1]", "b@example.org"])
+def test_all_addresses_are_left_out(dns, exchangers, relay, ipv6, to):
+    """That is the operator's to mend, who is told so: nothing is returned for it at once."""
+    mx, = exchangers(0, "::1")
+    dns.mail("example.net", (10, mx))
+    dns.aaaa("example.org", "::1")
+    server = relay("-b", "0.0.0.0", mx_port=mx.port)
+    send(server, to)
+    found = outcome(server, to)
+    assert (found.relay, found.status) == ("-", "later")
+    assert found.words == "4.4.4 there are only addresses of a family that -b leaves out"
+    assert not mx.connections
+
+
+@pytest.mark.parametrize("smarthost", ["mx1.example.net", "[::1]"])
+def test_smarthost_that_is_left_out(dns, exchangers, relay, ipv6, smarthost):
+    mx, = exchangers(0, "::1")
+    dns.aaaa("mx1.example.net", "::1")
+    server = relay("-b", "0.0.0.0", "-s", f"{smarthost}:{mx.port}")
+    send(server, "b@example.org")
+    assert outcome(server, "b@example.org").words.startswith("4.4.4 there are only addresses of a family that -b leaves")
+
+
+def test_left_out_or_not_it_is_itself(dns, own, here, ipv6):
+    """RFC 5321 5.1: who is not better than we are would send it back to us."""
+    worse = Exchanger(loopback(), here[1], "worse.example.net")
+    with contextlib.closing(worse):
+        dns.mx("example.net", (10, "relay.example.org"), (20, worse.name))
+        dns.aaaa("relay.example.org", "::1")
+        dns.a(worse.name, worse.host)
+        server = own("-b", "0.0.0.0", addresses=("::1",))
+        server.stop()
+        put(server, "b@example.net")
+        server.start()
+        expect_loop(server, "b@example.net")
+        assert not worse.connections
+
+
+def test_source_that_goes_and_comes_back(own_network, dns, exchangers, relay):
+    """Until then mail waits, and says for what."""
+    own_network("ip", "link", "set", "lo", "up")
+    own_network("ip", "address", "add", "192.0.2.9/32", "dev", "lo")
+    mx, = exchangers(1)
+    dns.mail("example.net", (10, mx))
+    server = relay("-b", "192.0.2.9", mx_port=mx.port)
+    own_network("ip", "address", "del", "192.0.2.9/32", "dev", "lo")
+    send(server, "b@example.net")
+    found = outcome(server, "b@example.net")
+    assert (found.status, found.words) == (
+        "later", "4.4.1 cannot connect from 192.0.2.9 (-b): Cannot assign requested address")
+    own_network("ip", "address", "add", "192.0.2.9/32", "dev", "lo")
+    server.hangup_until(lambda: mx.messages)
+    assert mx.messages[0].connection.client_host == "192.0.2.9"
+
+
 # ---- Exchangers that take few recipients in a transaction ---------------------------------------
 #
 # RFC 5321 4.5.3.1.10: what it took is sent and recorded, and the others are asked for

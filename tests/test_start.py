@@ -77,6 +77,8 @@ def process_status(pid):
 
 
 @pytest.mark.parametrize("option, values", [
+    ("-b", ["", "x", "localhost", "192.0.2.0/24", "192.0.2.256", "192.0.2.1:25", "[2001:db8::1]", "224.0.0.1",
+            "255.255.255.255", "ff02::1"]),
     ("-p", ["", "x", "-1", "+1", " 1", "65536", "25x", "0x19"]),
     ("-P", ["", "x", "0", "-1", "65536"]),
     ("-c", ["", "x", "-1", "1k", "1M", "1.5"]),
@@ -110,6 +112,17 @@ def test_a_command_line_that_cannot_be(tmp_path, monkeypatch, arguments, wrong):
     assert not Path("spool").exists()
 
 
+@pytest.mark.parametrize("first, second", [("127.0.0.1", "127.0.0.2"), ("::", "::1"), ("0.0.0.0", "::ffff:127.0.0.1")])
+def test_two_sources_of_one_family(spool, first, second):
+    assert f"-b {second}: one IPv4 address and one IPv6" in refusal(2, "-b", first, "-b", second, "-q", spool, *HERE)
+
+
+@pytest.mark.parametrize("address", ["203.0.113.77", "2001:db8::77"])
+def test_source_that_this_machine_does_not_have(spool, address):
+    """Without it no mail would get out.  So too where it is not there yet: to listen fails then, too."""
+    assert f"cannot connect from {address} (-b " in refusal(1, "-b", address, "-q", spool, *HERE)
+
+
 def test_four_name_servers_are_too_many(spool):
     refusal(2, *("-n", "192.0.2.1") * 4, "-q", spool, *HERE)
 
@@ -118,7 +131,7 @@ def test_four_name_servers_are_too_many(spool):
 def test_usage_names_every_option(arguments):
     ended = run(*arguments)
     assert ended.returncode == 2 and ended.stdout == ""
-    for option in "acdehjMmnPpqrstuVvwX":
+    for option in "abcdehjMmnPpqrstuVvwX":
         assert re.search(rf"(?<!\S)\(?-{option}\b", ended.stderr)
     assert re.search(r"smtp -l \[-q spool\]", ended.stderr)
 
