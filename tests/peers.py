@@ -348,10 +348,10 @@ class WorldPeer(Peer):
         self._run(*self.world.command(*command))
 
     def _order(self, *command, input=b""):
-        """Runs a command inside its world; whether that went well."""
+        """Runs a command inside its world and its control group; whether that went well."""
         shell = tree(self.process.pid)[1]
-        done = subprocess.run([program("nsenter"), "--target", str(shell), "--mount", "--pid", *command],
-                              input=input, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, timeout=600)
+        within = self._group.within([program("nsenter"), "--target", str(shell), "--mount", "--pid", *command])
+        done = subprocess.run(within, input=input, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, timeout=600)
         return done.returncode == 0
 
     def _kill(self, process):

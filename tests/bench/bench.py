@@ -720,8 +720,8 @@ def sync_rate(directory, processes):
     return round(100 * processes / (time.monotonic() - began))
 
 
-def surroundings(directory):
-    """What the figures depend on."""
+def surroundings(directory, apart):
+    """What the figures depend on; `apart` is whether the spools are spread out in the directory."""
     load = os.getloadavg()      # before anything here is a load itself
     model = re.search(r"^model name\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.M)
     disk = subprocess.run(["df", "--output=fstype", directory], stdout=subprocess.PIPE, text=True, check=True)
@@ -732,7 +732,7 @@ def surroundings(directory):
         "memory": f"{os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') / 2 ** 30:.0f} GiB",
         "system": f"{platform.system()} {platform.release()}",
         "disk": disk.stdout.split()[-1],
-        "spools": "new for each run, " + ("placed apart" if spread_out(directory) else "placed by the file system"),
+        "spools": "new for each run, " + ("placed apart" if apart else "placed by the file system"),
         "processor time": "of control groups" if peers.Group.exist() else
                           "of children only as their parents waited for them: there are no control groups here",
         "load before": " ".join(f"{each:.2f}" for each in load),
@@ -980,7 +980,7 @@ def run(chosen):
     with tempfile.TemporaryDirectory(prefix="bench-", dir=chosen.directory) as name, contextlib.ExitStack() as stack:
         directory = Path(name)
         directory.chmod(0o755)
-        outcome = {"surroundings": surroundings(directory)}
+        outcome = {"surroundings": surroundings(directory, spread_out(directory))}
         bench = Bench(directory, chosen.quick, before=chosen.before)
         stack.callback(bench.close)
         if warning:
