@@ -28,9 +28,9 @@ The sink writes down every message by its id, which is its recipient. After each
 run every message that was accepted has arrived once, or the run is no result and
 this program's exit status is 1.
 
-Processor time is that of the control group that a peer runs in, with all of its
-descendants, those included that have ended or that nobody waited for. Where there
-are no control groups, the results say so.
+Processor time is that of a peer's control group: of all its processes, including
+those that have ended and those whose parent never waited for them. Where there are
+no control groups, the results say so.
 
 It needs a quiet machine, and says so where it is not one. It runs as root only: the
 exchangers' port is 25, the name server's 53, since not every peer can be told
@@ -949,7 +949,10 @@ def some_of(known):
 
 
 def options():
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
+    measures = [f"  {name:15} {measure.run.__doc__.splitlines()[0]}" for name, measure in MEASURES.items()]
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0],
+                                     epilog="\n".join(["measures:", *measures]),
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", type=some_of(MEASURES), default=list(MEASURES), metavar="MEASURE,...",
                         help="of " + ", ".join(MEASURES))
     parser.add_argument("--peers", type=some_of(SERVERS), default=list(SERVERS), metavar="PEER,...",
