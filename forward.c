@@ -91,6 +91,8 @@ enum {
     KEPT = 200,                 /* ms that a connection waits for another message to its exchanger */
     BATCH_LIMIT = 100,          /* messages that a batch takes at most */
     BATCH_TIME = 1000,          /* ms after which a batch begins no further message */
+    BATCH_GAP = 250,            /* ms between the beginnings of two batches of a lane that needs only one ... */
+    BATCH_WORTH = 25,           /* ... unless so many messages wait */
     PATIENCE = 2,               /* batches in a row that may find no room before their mail has to back off */
     PIPE_MAY_BE_FULL = 4096,    /* octets read from the due pipe at once, from which on it may have been full */
     LISTED_LIMIT = 4096,        /* due messages that the queue manager knows at once */
@@ -3210,14 +3212,15 @@ static struct due listed[LISTED_LIMIT];     /* sorted by id, and so by age */
 static size_t listed_count;
 static bool search_again;   /* the queue holds due messages that are not listed */
 
-/* A lane with messages in the list. */
+/* A lane with messages in the list, or that had some a moment ago. */
 struct lane {
     uint32_t lane;
     size_t waiting, fresh;  /* messages that wait, and how many of these were never tried */
     unsigned batches;       /* running now ... */
     unsigned allowed;       /* ... and how many may */
     unsigned refusals;      /* batches in a row that were not served */
-    int64_t not_before;     /* by clock_ms(): no batch begins before */
+    int64_t not_before;     /* by clock_ms(): no batch begins before ... */
+    bool gap;               /* ... because the last one has just begun: unless many messages wait */
 };
 
 static struct lane lanes[LISTED_LIMIT];
@@ -3240,25 +3243,27 @@ static void on_signal(int number)
         all_due = 1;        /* SIGCHLD only has to interrupt pselect() */
 }
 
-/* The lane of that hash, new if it is not known yet.  Every lane that is kept has a
- * message in the list, so there is room for all. */
+/* The lane of that hash, new if it is not known yet; NULL where there is no room. */
 static struct lane *find_lane(uint32_t lane)
 {
     size_t i = 0;
 
     while (i < lane_count && lanes[i].lane != lane)
         i++;
+    if (i == LISTED_LIMIT)
+        return NULL;
     if (i == lane_count)
         lanes[lane_count++] = (struct lane){ .lane = lane, .allowed = 1 };
     return &lanes[i];
 }
 
-static void forget_idle_lanes(void)
+/* Drops the lanes that have nothing to do and nothing to wait for. */
+static void forget_idle_lanes(int64_t now)
 {
     size_t left = 0;
 
     for (size_t i = 0; i < lane_count; i++)
-        if (lanes[i].waiting > 0 || lanes[i].batches > 0)
+        if (lanes[i].waiting > 0 || lanes[i].batches > 0 || now < lanes[i].not_before)
             lanes[left++] = lanes[i];
     lane_count = left;
 }
@@ -3295,8 +3300,6 @@ static void list_due(const char *id, uint32_t lane, bool fresh)
 
     if (is_listed(id))
         return;
-    if (lane_count == LISTED_LIMIT)
-        forget_idle_lanes();
     l = listed_count < LISTED_LIMIT ? find_lane(lane) : NULL;
     if (l == NULL || l->waiting >= LISTED_LIMIT / 2) {
         search_again = true;
@@ -3369,6 +3372,8 @@ static bool start_batch(struct lane *l)
     }
     l->waiting -= count;
     l->batches++;
+    l->gap = l->allowed == 1;
+    l->not_before = l->gap ? clock_ms() + BATCH_GAP : 0;
     batches[batch_count++] = (struct batch_process){ pid, l->lane, count };
     return true;
 }
@@ -3429,6 +3434,7 @@ static void end_batch(const struct batch_process *p, bool served)
     for (unsigned i = 0; i < l->refusals && pause < NAP_LIMIT * 1000; i++)
         pause *= 2;
     l->refusals++;
+    l->gap = false;
     l->not_before = clock_ms() + pause;
 }
 
@@ -3451,13 +3457,21 @@ static void reap_batches(void)
     }
 }
 
+/* When this lane may start a batch, as far as it is up to the lane.  A batch costs a
+ * process and a connection: where one at a time is enough, it waits a moment for more
+ * messages to be worth that. */
+static int64_t start_time(const struct lane *l)
+{
+    return l->gap && l->waiting >= BATCH_WORTH ? 0 : l->not_before;
+}
+
 /* May this lane start a batch now?  A quarter of the slots is left to lanes that have
  * mail which was never tried, and no batch yet. */
 static bool may_start(const struct lane *l, int64_t now)
 {
     bool first = l->fresh > 0 && l->batches == 0;
 
-    return l->waiting > 0 && l->batches < l->allowed && now >= l->not_before
+    return l->waiting > 0 && l->batches < l->allowed && now >= start_time(l)
         && batch_count < (first ? batch_limit : batch_limit - batch_limit / 4);
 }
 
@@ -3490,13 +3504,13 @@ static int64_t start_batches(void)
     int64_t now = clock_ms(), again = INT64_MAX;
     struct lane *l;
 
-    forget_idle_lanes();
+    forget_idle_lanes(now);
     while ((l = choose_lane(now)) != NULL)
         if (!start_batch(l))
             return now + 1000;
     for (size_t i = 0; i < lane_count; i++)
-        if (lanes[i].waiting > 0 && lanes[i].not_before > now && lanes[i].not_before < again)
-            again = lanes[i].not_before;
+        if (lanes[i].waiting > 0 && start_time(&lanes[i]) > now && start_time(&lanes[i]) < again)
+            again = start_time(&lanes[i]);
     return again;
 }
 

@@ -533,13 +533,25 @@ static long count_slots(const uint32_t *lane)
     return count;
 }
 
-/* May fresh mail of this lane be forwarded by the child that stores it?  Half of -j
- * is for such mail, and at most a tenth of -j for one lane. */
+static size_t count_sessions(enum phase phase)
+{
+    size_t count = 0;
+
+    for (size_t i = 0; i < session_count; i++)
+        count += sessions[i]->phase == phase;
+    return count;
+}
+
+/* May fresh mail of this lane be forwarded by the child that stores it?  Half of -j is
+ * for such mail, and at most a tenth of -j for one lane.  While other messages are
+ * being stored the answer is no: then a batch, with one connection for many messages,
+ * is cheaper. */
 static bool slot_free(uint32_t lane)
 {
     long share = settings.forwarders >= 10 ? settings.forwarders / 10 : 1;
 
-    return !divided && !got_term && count_slots(NULL) < fresh_slots() && count_slots(&lane) < share;
+    return !divided && !got_term && count_sessions(STORING) == 0
+        && count_slots(NULL) < fresh_slots() && count_slots(&lane) < share;
 }
 
 /* Takes note of all children that have ended: one SIGCHLD may stand for many.  A pid
@@ -1346,10 +1358,8 @@ static int start_transaction(struct session *s)
 static void start_transactions(void)
 {
     static size_t turn;
-    size_t storing = 0;
+    size_t storing = count_sessions(STORING);
 
-    for (size_t i = 0; i < session_count; i++)
-        storing += sessions[i]->phase == STORING;
     for (size_t i = 0; i < session_count && storing < STORING_AT_ONCE; i++) {
         struct session *s = sessions[turn++ % session_count];
 
