@@ -8,6 +8,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import tempfile
 from types import SimpleNamespace
 
 import pytest
@@ -57,11 +58,14 @@ def exchangers():
 
 
 @pytest.fixture(scope="session")
-def authority(tmp_path_factory):
-    """Signs certificates: see lab.Authority."""
-    if shutil.which("openssl") is None:
+def authority():
+    """Signs certificates: see lab.Authority.  Every user has to be able to read its own,
+    as a relay that was started by root does as another."""
+    if lab.OPENSSL is None:
         pytest.skip("openssl is not installed")
-    return lab.Authority(tmp_path_factory.mktemp("authority"))
+    with tempfile.TemporaryDirectory() as directory:
+        os.chmod(directory, 0o755)
+        yield lab.Authority(directory)
 
 
 @pytest.fixture

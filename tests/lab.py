@@ -20,6 +20,7 @@ import ipaddress
 import os
 import random
 import re
+import shutil
 import signal
 import socket
 import socketserver
@@ -33,6 +34,7 @@ from typing import NamedTuple, Optional
 
 ROOT = Path(__file__).resolve().parent.parent
 BINARY = Path(os.environ.get("SMTP", ROOT / "smtp")).resolve()
+OPENSSL = shutil.which("openssl")
 HOSTNAME = "relay.example.org"      # what every Relay calls itself
 EMULATED = "EMULATED" in os.environ     # it is another machine's, and runs in an emulator
 WATCHED = EMULATED or "SANITIZED" in os.environ or BINARY.name == "valgrind"    # its memory is then its watcher's, too
@@ -416,7 +418,7 @@ class Authority:
                       "-subj", "/CN=The lab's authority")
 
     def _openssl(self, *arguments):
-        subprocess.run(["openssl", *map(str, arguments)], cwd=self._directory, check=True, capture_output=True)
+        subprocess.run([OPENSSL, *map(str, arguments)], cwd=self._directory, check=True, capture_output=True)
 
     def certificate(self, *names, days=2):
         """For these names and addresses; with negative `days` it has expired.  Returns the path of a
@@ -629,7 +631,8 @@ class Exchanger:
                 if self._say(c, verb, self._hello(c, verb), "TLS" if c.tls else None):
                     helo, message = argument, None
             elif verb == "STARTTLS" and self.certificate and not c.tls:
-                if self._say(c, verb, "220 2.0.0 Ready to start TLS"):
+                self._say(c, verb, "220 2.0.0 Ready to start TLS")
+                if c.transcript[-1][1].startswith("220"):
                     self._begin_tls(c)
                     helo = message = None
             elif verb == "AUTH" and c.tls and not c.user:

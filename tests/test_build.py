@@ -98,8 +98,10 @@ def container_flags():
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root may chroot")
-def test_a_static_program_in_an_empty_directory(world, tmp_path):
-    """Nothing is there but /dev/urandom: no passwd, no resolv.conf, no library.  It is small, too."""
+@pytest.mark.parametrize("options", [(), ("-T", "must")], ids=["TLS if it can be had", "only by TLS"])
+def test_a_static_program_in_an_empty_directory(world, authority, tmp_path, options):
+    """Nothing is there but /dev/urandom: no passwd, no resolv.conf, no library, and no openssl.  It is small, too."""
+    world.exchanger.set(certificate=authority.certificate(world.exchanger.name))
     if shutil.which("musl-gcc") is None:
         pytest.skip("musl-gcc is not installed")
     root = tmp_path / "root"
@@ -112,13 +114,16 @@ def test_a_static_program_in_an_empty_directory(world, tmp_path):
     assert (root / "smtp").stat().st_size < 160_000
     # Closed descriptors have nothing to stand for them but what the program finds there.
     command = ["sh", "-c", 'exec "$@" <&- >&-', "sh", "chroot", root, "/smtp", "-p", "0", "-q", "/spool", "-u", "64321",
-               "-h", HOSTNAME, "-n", world.dns.address, "-P", str(world.exchanger.port), "127.0.0.1"]
+               "-h", HOSTNAME, "-n", world.dns.address, "-P", str(world.exchanger.port), *options, "127.0.0.1"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     try:
         port = int(re.search(r"listening on \S+:(\d+)", process.stderr.readline())[1])
         with Client(port) as client:
             assert client.deliver("a@example.org", ["b@example.net"], "x").startswith("250 ")
-        world.exchanger.wait_for_messages(1)
+        line = next(line for line in process.stderr if " to=<b@example.net>" in line)
+        assert line.endswith(" status=later (4.7.5 no TLS: openssl: No such file or directory)\n" if options else
+                             " status=sent (250 2.0.0 Ok)\n")
+        assert len(world.exchanger.messages) == (0 if options else 1)
         assert (root / "spool").stat().st_uid == (root / "spool").stat().st_gid == 64321
     finally:
         process.terminate()
