@@ -1807,7 +1807,7 @@ static const char usage_text[] =
     "            -t time         drop a client after this silence, in s, m, h, d (5m)\n"
     "exchangers  -n host[:port]  ask this name server (those of /etc/resolv.conf)\n"
     "            -P port         where exchangers listen (25)\n"
-    "            -b address      connect from it, one of IPv4, of IPv6 or of each (any)\n"
+    "            -b address      connect from it; one of IPv4, IPv6, or each (any)\n"
     "            -T tls          deliver by TLS: never, may (if offered), must (may)\n"
     "            -s, -S host[:port]  the smarthost for all mail (-S: TLS at once)\n"
     "            -A file         our name and password there, a line each (port 587)\n"
