@@ -91,6 +91,8 @@ enum {
     KEPT = 200,                 /* ms that a connection waits for another message to its exchanger */
     BATCH_LIMIT = 100,          /* messages that a batch takes at most */
     BATCH_TIME = 1000,          /* ms after which a batch begins no further message */
+    BATCH_GAP = 250,            /* ms between the beginnings of two batches of a lane that needs only one ... */
+    BATCH_WORTH = 25,           /* ... unless so many messages wait */
     PATIENCE = 2,               /* batches in a row that may find no room before their mail has to back off */
     PIPE_MAY_BE_FULL = 4096,    /* octets read from the due pipe at once, from which on it may have been full */
     LISTED_LIMIT = 4096,        /* due messages that the queue manager knows at once */
@@ -99,89 +101,61 @@ enum {
 
 /* ==== Names and times ==================================================== */
 
-/* A date in UTC, as numbers.  The calendar is worked out here: mktime() asks for
- * the time zone and strftime() for the locale, and both bring their tables along. */
-enum { YEAR, MONTH, DAY, HOUR, MINUTE, SECOND, DATE_NUMBERS };
+/* Dates as ids and as records have them, in UTC: formats of strftime(). */
+#define ID_DATE "%Y%m%dT%H%M%S"
+#define ISO_DATE "%Y-%m-%dT%H:%M:%SZ"
+enum { ISO_DATE_LENGTH = 20 };
 
-static const char date_letters[] = "YMDhms";
-
-#define ID_DATE "YYYYMMDDThhmmss"
-#define ISO_DATE "YYYY-MM-DDThh:mm:ssZ"
-
-/* Seconds since 1970 of a date. */
-static int64_t utc_seconds(const int date[DATE_NUMBERS])
+static const char *date_text(char text[DATE_SIZE], const char *format, time_t when)
 {
-    /* Days before the year's March 1st, leap days counted; then the months
-     * from March have 153 days in five. */
-    int64_t y = date[YEAR] - (date[MONTH] <= 2), m = (date[MONTH] + 9) % 12;
-    int64_t days = 365 * y + y / 4 - y / 100 + y / 400 + (153 * m + 2) / 5 + date[DAY] - 719469;
+    struct tm date;
 
-    return ((days * 24 + date[HOUR]) * 60 + date[MINUTE]) * 60 + date[SECOND];
-}
-
-/* The date of `when`: from a year that is surely not before it, down. */
-static void utc_date(time_t when, int date[DATE_NUMBERS])
-{
-    int64_t left;
-
-    date[YEAR] = (int)(1971 + when / 31556952);     /* the mean year's seconds */
-    date[MONTH] = date[DAY] = 1;
-    date[HOUR] = date[MINUTE] = date[SECOND] = 0;
-    while (utc_seconds(date) > when)
-        date[YEAR]--;
-    date[MONTH] = 12;
-    while (utc_seconds(date) > when)
-        date[MONTH]--;
-    left = when - utc_seconds(date);
-    date[DAY] += (int)(left / 86400);
-    date[HOUR] = (int)(left / 3600 % 24);
-    date[MINUTE] = (int)(left / 60 % 60);
-    date[SECOND] = (int)(left % 60);
-}
-
-/* Writes a date in a form such as ISO_DATE, which has a letter for each digit. */
-static const char *date_text(char text[DATE_SIZE], const char *form, time_t when)
-{
-    int date[DATE_NUMBERS];
-
-    utc_date(when, date);
-    for (size_t i = strlen(form) + 1; i-- > 0; ) {      /* the last digit of a number first */
-        const char *letter = memchr(date_letters, form[i], DATE_NUMBERS);
-        int *number = letter != NULL ? &date[letter - date_letters] : NULL;
-
-        text[i] = number != NULL ? (char)('0' + *number % 10) : form[i];
-        if (number != NULL)
-            *number /= 10;
-    }
+    if (gmtime_r(&when, &date) == NULL || strftime(text, DATE_SIZE, format, &date) == 0)
+        text[0] = '\0';         /* a year that no calendar has */
     return text;
-}
-
-/* Reads what begins with a date in such a form; 0 if it does not. */
-static time_t date_seconds(const char *text, const char *form)
-{
-    int date[DATE_NUMBERS] = { 0 };
-
-    for (; *form != '\0'; form++, text++) {
-        const char *letter = memchr(date_letters, *form, DATE_NUMBERS);
-
-        if (letter != NULL ? *text < '0' || *text > '9' : *text != *form)
-            return 0;
-        if (letter != NULL)
-            date[letter - date_letters] = date[letter - date_letters] * 10 + *text - '0';
-    }
-    return (time_t)utc_seconds(date);
 }
 
 const char *mail_date(char text[DATE_SIZE], time_t when)
 {
-    static const char days[] = "ThuFriSatSunMonTueWed";     /* with which 1970 began */
-    static const char months[] = "JanFebMarAprMayJunJulAugSepOctNovDec";
-    int date[DATE_NUMBERS];
+    return date_text(text, "%a, %d %b %Y %H:%M:%S +0000", when);    /* in English: no locale is ever set */
+}
 
-    utc_date(when, date);
-    snprintf(text, DATE_SIZE, "%.3s, %02d %.3s %04d %02d:%02d:%02d +0000", days + 3 * ((when / 86400 % 7 + 7) % 7),
-        date[DAY], months + 3 * (date[MONTH] - 1), date[YEAR], date[HOUR], date[MINUTE], date[SECOND]);
-    return text;
+/* The seconds since 1970 of a date in UTC (POSIX, "Seconds Since the Epoch"). */
+static time_t epoch_seconds(int year, int month, int day, int hour, int minute, int second)
+{
+    static const int days_before[] = { 0, 31, 59, 90, 120, 151, 181, 212, 243, 273, 304, 334 };
+    bool leap = (year % 4 == 0 && year % 100 != 0) || year % 400 == 0;
+    int64_t days = days_before[month - 1] + (leap && month > 2) + day - 1;
+
+    days += (int64_t)(year - 1970) * 365 + (year - 1969) / 4 - (year - 1901) / 100 + (year - 1601) / 400;
+    return (time_t)(((days * 24 + hour) * 60 + minute) * 60 + second);
+}
+
+/* Reads what begins with a date in such a format; 0 if it does not. */
+static time_t date_seconds(const char *text, const char *format)
+{
+    static const char letters[] = "YmdHMS";
+    int number[sizeof letters - 1] = { 0 };
+
+    for (; *format != '\0'; format++) {
+        int *n;
+
+        if (*format != '%') {
+            if (*text++ != *format)
+                return 0;
+            continue;
+        }
+        format++;
+        n = &number[strchr(letters, *format) - letters];
+        for (int digits = *format == 'Y' ? 4 : 2; digits > 0; digits--, text++) {
+            if (*text < '0' || *text > '9')
+                return 0;
+            *n = *n * 10 + *text - '0';
+        }
+    }
+    if (number[1] < 1 || number[1] > 12)
+        return 0;
+    return epoch_seconds(number[0], number[1], number[2], number[3], number[4], number[5]);
 }
 
 /* An id: 20261123T110819.123456-54321-1f3a, the time to the microsecond, the
@@ -720,7 +694,7 @@ static time_t apply_outcome(struct message *m, char *line)
 
     if (when == 0)
         return 0;
-    outcome = line + sizeof ISO_DATE;
+    outcome = line + ISO_DATE_LENGTH + 1;
     path = outcome + strcspn(outcome, " ");
     if (strncmp(path, " <", 2) != 0 || (end = path_end(path + 2)) == NULL)
         return 0;
@@ -1081,27 +1055,31 @@ static bool is_usable(const union address *a)
     return ntohl(a->in.sin_addr.s_addr) >> 24 != 0 && ntohl(a->in.sin_addr.s_addr) >> 28 < 14;
 }
 
-static bool can_bind(union address a)
+static bool is_loopback(const union address *a)
 {
-    int fd = socket_open(&a, SOCK_DGRAM);
-    bool ok;
-
-    address_set_port(&a, 0);
-    ok = fd >= 0 && bind(fd, &a.sa, address_size(&a)) == 0;
-    if (fd >= 0)
-        close(fd);
-    return ok;
+    if (a->sa.sa_family == AF_INET6)
+        return IN6_IS_ADDR_LOOPBACK(&a->in6.sin6_addr);
+    return ntohl(a->in.sin_addr.s_addr) >> 24 == 127;
 }
 
-/* Is it an address of this machine?  A socket can be bound to it, and not to one
- * that no machine has (RFC 1112 4, RFC 6666): there are systems which, if told so,
- * bind to any. */
+/* Is it an address of this machine?  A datagram to such an address would come from
+ * that address itself; connect() on a UDP socket sends nothing, but chooses the source. */
 static bool is_local(const union address *a)
 {
-    union address nobodys;
+    union address source;
+    socklen_t size = sizeof source;
+    size_t count;
+    int fd;
+    bool same;
 
-    address_parse(a->sa.sa_family == AF_INET6 ? "100::1" : "240.0.0.1", 0, &nobodys);
-    return can_bind(*a) && !can_bind(nobodys);
+    if (is_loopback(a))
+        return true;
+    fd = socket_open(a, SOCK_DGRAM);
+    same = fd >= 0 && connect(fd, &a->sa, address_size(a)) == 0 && getsockname(fd, &source.sa, &size) == 0
+        && memcmp(address_octets(a, &count), address_octets(&source, &count), count) == 0;
+    if (fd >= 0)
+        close(fd);
+    return same;
 }
 
 /* Is it this server?  The same address and port, or, where it listens on all
@@ -3213,14 +3191,15 @@ static struct due listed[LISTED_LIMIT];     /* sorted by id, and so by age */
 static size_t listed_count;
 static bool search_again;   /* the queue holds due messages that are not listed */
 
-/* A lane with messages in the list. */
+/* A lane with messages in the list, or that had some a moment ago. */
 struct lane {
     uint32_t lane;
     size_t waiting, fresh;  /* messages that wait, and how many of these were never tried */
     unsigned batches;       /* running now ... */
     unsigned allowed;       /* ... and how many may */
     unsigned refusals;      /* batches in a row that were not served */
-    int64_t not_before;     /* by clock_ms(): no batch begins before */
+    int64_t not_before;     /* by clock_ms(): no batch begins before ... */
+    bool gap;               /* ... because the last one has just begun: unless many messages wait */
 };
 
 static struct lane lanes[LISTED_LIMIT];
@@ -3243,25 +3222,27 @@ static void on_signal(int number)
         all_due = 1;        /* SIGCHLD only has to interrupt pselect() */
 }
 
-/* The lane of that hash, new if it is not known yet.  Every lane that is kept has a
- * message in the list, so there is room for all. */
+/* The lane of that hash, new if it is not known yet; NULL where there is no room. */
 static struct lane *find_lane(uint32_t lane)
 {
     size_t i = 0;
 
     while (i < lane_count && lanes[i].lane != lane)
         i++;
+    if (i == LISTED_LIMIT)
+        return NULL;
     if (i == lane_count)
         lanes[lane_count++] = (struct lane){ .lane = lane, .allowed = 1 };
     return &lanes[i];
 }
 
-static void forget_idle_lanes(void)
+/* Drops the lanes that have nothing to do and nothing to wait for. */
+static void forget_idle_lanes(int64_t now)
 {
     size_t left = 0;
 
     for (size_t i = 0; i < lane_count; i++)
-        if (lanes[i].waiting > 0 || lanes[i].batches > 0)
+        if (lanes[i].waiting > 0 || lanes[i].batches > 0 || now < lanes[i].not_before)
             lanes[left++] = lanes[i];
     lane_count = left;
 }
@@ -3298,8 +3279,6 @@ static void list_due(const char *id, uint32_t lane, bool fresh)
 
     if (is_listed(id))
         return;
-    if (lane_count == LISTED_LIMIT)
-        forget_idle_lanes();
     l = listed_count < LISTED_LIMIT ? find_lane(lane) : NULL;
     if (l == NULL || l->waiting >= LISTED_LIMIT / 2) {
         search_again = true;
@@ -3372,6 +3351,8 @@ static bool start_batch(struct lane *l)
     }
     l->waiting -= count;
     l->batches++;
+    l->gap = l->allowed == 1;
+    l->not_before = l->gap ? clock_ms() + BATCH_GAP : 0;
     batches[batch_count++] = (struct batch_process){ pid, l->lane, count };
     return true;
 }
@@ -3432,6 +3413,7 @@ static void end_batch(const struct batch_process *p, bool served)
     for (unsigned i = 0; i < l->refusals && pause < NAP_LIMIT * 1000; i++)
         pause *= 2;
     l->refusals++;
+    l->gap = false;
     l->not_before = clock_ms() + pause;
 }
 
@@ -3454,13 +3436,21 @@ static void reap_batches(void)
     }
 }
 
+/* When this lane may start a batch, as far as it is up to the lane.  A batch costs a
+ * process and a connection: where one at a time is enough, it waits a moment for more
+ * messages to be worth that. */
+static int64_t start_time(const struct lane *l)
+{
+    return l->gap && l->waiting >= BATCH_WORTH ? 0 : l->not_before;
+}
+
 /* May this lane start a batch now?  A quarter of the slots is left to lanes that have
  * mail which was never tried, and no batch yet. */
 static bool may_start(const struct lane *l, int64_t now)
 {
     bool first = l->fresh > 0 && l->batches == 0;
 
-    return l->waiting > 0 && l->batches < l->allowed && now >= l->not_before
+    return l->waiting > 0 && l->batches < l->allowed && now >= start_time(l)
         && batch_count < (first ? batch_limit : batch_limit - batch_limit / 4);
 }
 
@@ -3493,13 +3483,13 @@ static int64_t start_batches(void)
     int64_t now = clock_ms(), again = INT64_MAX;
     struct lane *l;
 
-    forget_idle_lanes();
+    forget_idle_lanes(now);
     while ((l = choose_lane(now)) != NULL)
         if (!start_batch(l))
             return now + 1000;
     for (size_t i = 0; i < lane_count; i++)
-        if (lanes[i].waiting > 0 && lanes[i].not_before > now && lanes[i].not_before < again)
-            again = lanes[i].not_before;
+        if (lanes[i].waiting > 0 && start_time(&lanes[i]) > now && start_time(&lanes[i]) < again)
+            again = start_time(&lanes[i]);
     return again;
 }
 

@@ -15,7 +15,7 @@
  *   Replies            what it is told
  *   Children           every fork, and who is still running
  *   Addresses          the grammar of RFC 5321 4.1.2
- *   Access             who may relay, and where to
+ *   Access             which clients may relay, and to which domains
  *   Commands           the dialogue
  *   The message        from 354 to the final dot
  *   The loop           fill, wait, serve, reap
@@ -533,13 +533,25 @@ static long count_slots(const uint32_t *lane)
     return count;
 }
 
-/* May fresh mail of this lane be forwarded by the child that stores it?  Half of -j
- * is for such mail, and at most a tenth of -j for one lane. */
+static size_t count_sessions(enum phase phase)
+{
+    size_t count = 0;
+
+    for (size_t i = 0; i < session_count; i++)
+        count += sessions[i]->phase == phase;
+    return count;
+}
+
+/* May fresh mail of this lane be forwarded by the child that stores it?  Half of -j is
+ * for such mail, and at most a tenth of -j for one lane.  While other messages are
+ * being stored the answer is no: then a batch, with one connection for many messages,
+ * is cheaper. */
 static bool slot_free(uint32_t lane)
 {
     long share = settings.forwarders >= 10 ? settings.forwarders / 10 : 1;
 
-    return !divided && !got_term && count_slots(NULL) < fresh_slots() && count_slots(&lane) < share;
+    return !divided && !got_term && count_sessions(STORING) == 0
+        && count_slots(NULL) < fresh_slots() && count_slots(&lane) < share;
 }
 
 /* Takes note of all children that have ended: one SIGCHLD may stand for many.  A pid
@@ -721,6 +733,7 @@ static const char *take_path(const char *p, char mailbox[PATH_LIMIT], const char
 
 /* ==== Access ============================================================= */
 
+/* Whether the first n->bits bits of both addresses are the same. */
 static bool in_network(const union address *a, const struct network *n)
 {
     size_t count;
@@ -739,13 +752,16 @@ static bool in_networks(const union address *a, const struct networks *networks)
     return false;
 }
 
+/* How many clients come from this address.  A session that still waits for its proxy's
+ * header counts for none. */
 static size_t count_connections(const union address *peer)
 {
     const struct network wanted = { *peer, peer->sa.sa_family == AF_INET6 ? 128 : 32 };
     size_t count = 0;
 
     for (size_t i = 0; i < session_count; i++)
-        count += sessions[i]->phase != PROXIED && in_network(&sessions[i]->peer, &wanted);
+        if (sessions[i]->phase != PROXIED && in_network(&sessions[i]->peer, &wanted))
+            count++;
     return count;
 }
 
@@ -754,7 +770,8 @@ static size_t count_strangers(void)
     size_t count = 0;
 
     for (size_t i = 0; i < session_count; i++)
-        count += sessions[i]->stranger;
+        if (sessions[i]->stranger)
+            count++;
     return count;
 }
 
@@ -803,10 +820,12 @@ static void begin(struct session *s, const union address *peer, enum entry entry
         return;
     }
     reply(s, "%s", refusal);
-    s->limit = clock_ms() + STRANGER_TIME;
-    extend_deadline(s);
-    if (entry == TURNED_AWAY)
+    if (entry == STRANGER) {
+        s->limit = clock_ms() + STRANGER_TIME;
+        extend_deadline(s);
+    } else {
         start_closing(s);
+    }
 }
 
 /* Reads a header of version 2 of HAProxy's PROXY protocol.  Sets `peer` from it, or
@@ -869,6 +888,12 @@ static bool is_relayed(const char *domain)
 }
 
 /* ==== Commands =========================================================== */
+
+/* Whether the `length` characters at `p` are `word`, in any case. */
+static bool is_same(const char *p, size_t length, const char *word)
+{
+    return length == strlen(word) && strncasecmp(p, word, length) == 0;
+}
 
 /* Whether a HELO name is one word; take_command() has checked that a command is
  * printable but for TABs. */
@@ -967,28 +992,33 @@ static const char *skip_keyword(const char *argument, const char *keyword)
 static const char *read_mail_parameters(const char *p, bool *eight_bit)
 {
     bool sized = false, bodied = false;
-    size_t length, digits;
 
-    for (*eight_bit = false; *p != '\0'; p += length) {
+    *eight_bit = false;
+    while (*p != '\0') {
+        size_t length, keyword;
+
         if (*p != ' ')
             return BAD_MAIL;
         p += strspn(p, " ");
         length = strcspn(p, " ");
-        digits = length > 5 ? strspn(p + 5, "0123456789") : 0;
-        if (strncasecmp(p, "SIZE=", 5) == 0 && !sized && digits > 0 && digits <= 20 && digits + 5 == length) {
-            sized = true;
+        keyword = strcspn(p, " =");
+        if (is_same(p, keyword, "SIZE")) {
+            size_t digits = length > 5 ? strspn(p + 5, "0123456789") : 0;
+
+            if (sized || digits < 1 || digits > 20 || 5 + digits != length)
+                return BAD_MAIL;
             if (settings.max_size > 0 && strtoull(p + 5, NULL, 10) > settings.max_size)
                 return TOO_BIG;
-        } else if (!bodied && ((length == 9 && strncasecmp(p, "BODY=7BIT", 9) == 0)
-                || (length == 13 && strncasecmp(p, "BODY=8BITMIME", 13) == 0))) {
+            sized = true;
+        } else if (is_same(p, keyword, "BODY")) {
+            *eight_bit = is_same(p, length, "BODY=8BITMIME");
+            if (bodied || (!*eight_bit && !is_same(p, length, "BODY=7BIT")))
+                return BAD_MAIL;
             bodied = true;
-            *eight_bit = length == 13;
-        } else if (!is_let_dig(*p)
-                || (strcspn(p, " =") == 4 && (strncasecmp(p, "SIZE", 4) == 0 || strncasecmp(p, "BODY", 4) == 0))) {
-            return BAD_MAIL;
         } else {
-            return "555 5.5.4 Error: MAIL takes no parameter but SIZE and BODY";
+            return is_let_dig(*p) ? "555 5.5.4 Error: MAIL takes no parameter but SIZE and BODY" : BAD_MAIL;
         }
+        p += length;
     }
     return NULL;
 }
@@ -1070,8 +1100,8 @@ static void do_rcpt(struct session *s, const char *argument)
     }
 }
 
-/* The trace of RFC 5321 4.4.  What the client calls itself is only a word: all
- * that could end the clause or begin a comment is left out of it. */
+/* Begins the message with its trace (RFC 5321 4.4).  A HELO name may be any word, so
+ * characters of it that could end its clause or begin a comment become '?'. */
 static void do_data(struct session *s, const char *argument)
 {
     char name[DOMAIN_LIMIT + 1], date[DATE_SIZE], address[ADDRESS_TEXT];
@@ -1167,13 +1197,14 @@ static const struct command {
     { "", NULL, "500 5.5.2 Error: command not recognized", { NULL } }   /* the last row: all other verbs */
 };
 
+/* Looks up a command in the table and replies to it, or calls its function. */
 static void dispatch(struct session *s, char *line)
 {
     const struct command *c = commands;
     size_t verb = strcspn(line, " ");
     const char *argument = line + verb + strspn(line + verb, " ");
 
-    while (c->verb[0] != '\0' && (strlen(c->verb) != verb || strncasecmp(c->verb, line, verb) != 0))
+    while (c->verb[0] != '\0' && !is_same(line, verb, c->verb))
         c++;
     if (s->stranger && c->handle != do_quit)
         reply(s, "503 5.5.1 Error: you may not relay here, send QUIT");     /* RFC 5321 3.1 */
@@ -1327,10 +1358,8 @@ static int start_transaction(struct session *s)
 static void start_transactions(void)
 {
     static size_t turn;
-    size_t storing = 0;
+    size_t storing = count_sessions(STORING);
 
-    for (size_t i = 0; i < session_count; i++)
-        storing += sessions[i]->phase == STORING;
     for (size_t i = 0; i < session_count && storing < STORING_AT_ONCE; i++) {
         struct session *s = sessions[turn++ % session_count];
 

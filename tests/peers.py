@@ -49,7 +49,7 @@ def program(name):
 def start(name, *options, **settings):
     """A running Peer, to be stopped by stop() or as a context manager. This server
     takes options of its own, and another `binary` under another `label`."""
-    return PEERS[name](*options, **settings)
+    return SERVERS[name](*options, **settings)
 
 
 def said(*command):
@@ -348,10 +348,10 @@ class WorldPeer(Peer):
         self._run(*self.world.command(*command))
 
     def _order(self, *command, input=b""):
-        """Runs a command inside its world; whether that went well."""
+        """Runs a command inside its world and its control group; whether that went well."""
         shell = tree(self.process.pid)[1]
-        done = subprocess.run([program("nsenter"), "--target", str(shell), "--mount", "--pid", *command],
-                              input=input, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, timeout=600)
+        within = self._group.within([program("nsenter"), "--target", str(shell), "--mount", "--pid", *command])
+        done = subprocess.run(within, input=input, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, timeout=600)
         return done.returncode == 0
 
     def _kill(self, process):
@@ -471,18 +471,23 @@ class UnpackedPeer(WorldPeer):
 
     packages = ()
     binary = None
+    place = "usr/sbin"      # where the package has it
+
+    @classmethod
+    def _installed(cls):
+        return shutil.which(cls.binary, path=SYSTEM_PATH)
 
     def _opt(self):
         """The directory it was unpacked in, or None where the system has it installed."""
-        if shutil.which(self.binary, path=SYSTEM_PATH):
+        if self._installed():
             return None
         directory = CACHE / self.name
-        if not (directory / "usr/sbin" / self.binary).exists():
+        if not (directory / self.place / self.binary).exists():
             raise Absent(f"there is no {self.binary} here: python3 tests/peers.py fetch")
         return directory
 
     def _program(self):
-        return f"/opt/usr/sbin/{self.binary}" if self._opt() else program(self.binary)
+        return f"/opt/{self.place}/{self.binary}" if self._opt() else program(self.binary)
 
     def _make_world(self):
         super()._make_world()
@@ -496,7 +501,7 @@ class UnpackedPeer(WorldPeer):
     def fetch(cls):
         """Unpacks it from the system's packages, where it is not here yet."""
         directory = CACHE / cls.name
-        if shutil.which(cls.binary, path=SYSTEM_PATH) or directory.exists() or not shutil.which("apt-get"):
+        if cls._installed() or directory.exists() or not shutil.which("apt-get"):
             return
         CACHE.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=CACHE) as work:
@@ -638,6 +643,144 @@ class OpenSMTPD(UnpackedPeer):
         return said(*self.world.command(self._program(), "-h")).replace("version: ", "")
 
 
+class Sendmail(UnpackedPeer):
+    """Sendmail, with the configuration that its own macros make."""
+
+    name = "sendmail"
+    binary = "sendmail"
+    place = "usr/libexec/sendmail"
+    packages = ("sendmail-bin", "sendmail-cf", "m4")
+    users = ("smmta", "smmsp")
+    CONFIGURATION = """\
+        include(`/opt/usr/share/sendmail/cf/m4/cf.m4')
+        OSTYPE(`linux')
+        DOMAIN(`generic')
+        FEATURE(`no_default_msa')
+        FEATURE(`nocanonify')
+        FEATURE(`use_cw_file')
+        FEATURE(`promiscuous_relay')
+        FEATURE(`accept_unresolvable_domains')
+        define(`confDOMAIN_NAME', `{hostname}')
+        define(`confMAX_MESSAGE_SIZE', `{size}')
+        define(`confPID_FILE', `/run/sendmail.pid')
+        define(`ALIAS_FILE', `/etc/mail/aliases')
+        define(`STATUS_FILE', `')
+        define(`HELP_FILE', `/opt/etc/mail/helpfile')
+        define(`confSERVICE_SWITCH_FILE', `/etc/mail/service.switch')
+        DAEMON_OPTIONS(`Port={port}, Addr={host}, Name=MTA')
+        {route}
+        MAILER(`local')
+        MAILER(`smtp')
+        """
+    ROUTE = "define(`SMART_HOST', `relay:[{0}]')\ndefine(`RELAY_MAILER_ARGS', `TCP $h {1}')"
+
+    @classmethod
+    def _installed(cls):
+        """What the system calls sendmail may be any mail server's."""
+        return None
+
+    def _start(self):
+        self._make_world()
+        self.write("etc/mail/sendmail.mc", settings_text(
+            self.CONFIGURATION, hostname=lab.HOSTNAME, size=SIZE, host=self.host, port=self.port,
+            route=self.ROUTE.format(*self.next_hop) if self.next_hop else ""))
+        for path in ("var/spool/mqueue", "var/spool/clientmqueue", "etc/mail"):
+            (self.world.root / path).mkdir(exist_ok=True)
+            (self.world.root / path).chmod(0o700 if path[0] == "v" else 0o755)
+        self.write("etc/mail/local-host-names", f"{lab.HOSTNAME}\n")
+        self.write("etc/mail/aliases", "postmaster: root\n")
+        self.write("etc/mail/service.switch", "hosts files\n" if self.next_hop else "hosts dns files\n")
+        self._run_in_world("sh", "-c", f"""
+            M4PATH= /opt/usr/bin/m4 /etc/mail/sendmail.mc >/etc/mail/sendmail.cf
+            {self._program()} -bi -C /etc/mail/sendmail.cf
+            exec {self._program()} -bD -q15m -C /etc/mail/sendmail.cf""")
+
+    def version(self):
+        output = subprocess.run(self.world.command(self._program(), "-d0.1", "-bv", "-C", "/dev/null", "root"),
+                                stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+                                timeout=60).stdout
+        return "Sendmail " + re.search(r"Version (\S+)", output)[1]
+
+
+class Chasquid(UnpackedPeer):
+    """chasquid, which relays for nobody without a password: it keeps mail for one domain."""
+
+    name = "chasquid"
+    binary = "chasquid"
+    place = "usr/bin"
+    packages = ("chasquid",)
+
+    def _start(self):
+        self._make_world()
+        self.write("etc/chasquid/chasquid.conf",
+                   f'hostname: "{lab.HOSTNAME}"\nsmtp_address: "{self.host}:{self.port}"\nmail_log_path: "<stderr>"\n')
+        self.write("etc/chasquid/domains/example.net/aliases", "*: | /bin/true\n")
+        self.write("etc/ssl/openssl.cnf", "[req]\ndistinguished_name = name\n[name]\n")
+        for path in ("etc/chasquid/certs", "var/lib/chasquid"):
+            (self.world.root / path).mkdir(parents=True)
+        self._run_in_world("sh", "-c", f"""
+            mkdir -p /etc/chasquid/certs/{lab.HOSTNAME}
+            openssl req -x509 -newkey rsa:2048 -nodes -days 30 -subj /CN={lab.HOSTNAME} \\
+                -addext subjectAltName=DNS:{lab.HOSTNAME} -keyout /etc/chasquid/certs/{lab.HOSTNAME}/privkey.pem \\
+                -out /etc/chasquid/certs/{lab.HOSTNAME}/fullchain.pem
+            exec {self._program()}""")
+
+    def version(self):
+        return "chasquid " + said(*self.world.command(self._program(), "--version")).split()[1]
+
+
+class SmtpServer(Peer):
+    """smtp-server, a module for Node.js: it takes mail and throws it away."""
+
+    name = "smtp-server"
+    SCRIPT = """\
+        const [host, port, size] = process.argv.slice(2);
+        const {{ SMTPServer }} = require('smtp-server');
+        new SMTPServer({{
+            authOptional: true,
+            size: Number(size),
+            onAuth: (auth, session, callback) =>
+                callback(auth.password === 'secret' ? null : new Error('no such password'), {{ user: auth.username }}),
+            onData: (stream, session, callback) => {{
+                stream.on('end', () => callback());
+                stream.resume();
+            }},
+        }}).listen(Number(port), host);
+        """
+
+    def _start(self):
+        node, modules = program("node"), CACHE / self.name / "node_modules"
+        if not (modules / "smtp-server").exists():
+            raise Absent("there is no smtp-server here: python3 tests/peers.py fetch")
+        self._free_port()
+        path = self.directory / "server.js"
+        path.write_text(settings_text(self.SCRIPT))
+        self._run("env", f"NODE_PATH={modules}", node, path, self.host, self.port, SIZE)
+
+    def version(self):
+        package = (CACHE / self.name / "node_modules/smtp-server/package.json").read_text()
+        return "smtp-server " + re.search(r'"version": "(.*)"', package)[1]
+
+    @classmethod
+    def fetch(cls):
+        install_modules(cls.name, "smtp-server@3")
+
+
+def install_modules(name, *modules):
+    """What npm has of these, where it is not here yet."""
+    directory = CACHE / name
+    if directory.exists() or not shutil.which("npm"):
+        return
+    CACHE.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=CACHE) as work:
+        root = Path(work, "root")
+        root.mkdir()
+        (root / "package.json").write_text("{}\n")
+        subprocess.run(["npm", "install", "--silent", "--no-audit", "--no-fund", "--ignore-scripts",
+                        "--omit=optional", *modules], cwd=root, check=True, stdin=subprocess.DEVNULL)
+        os.rename(root, directory)
+
+
 class Haraka(WorldPeer):
     """Haraka, from npm."""
 
@@ -693,25 +836,20 @@ class Haraka(WorldPeer):
 
     @classmethod
     def fetch(cls):
-        directory = CACHE / cls.name
-        if directory.exists() or not shutil.which("npm"):
-            return
-        CACHE.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=CACHE) as work:
-            root = Path(work, "root")
-            root.mkdir()
-            (root / "package.json").write_text("{}\n")
-            subprocess.run(["npm", "install", "--silent", "--no-audit", "--no-fund", "--ignore-scripts",
-                            "--omit=optional", "Haraka@3"], cwd=root, check=True, stdin=subprocess.DEVNULL)
-            os.rename(root, directory)
+        install_modules(cls.name, "Haraka@3")
 
 
 PEERS = {peer.name: peer for peer in (Ours, Postfix, OpenSMTPD, Exim, Haraka, Aiosmtpd)}
 
 
+# Those that are compared by what they answer; the others relay, too.
+SERVERS = {**PEERS, **{peer.name: peer for peer in (Sendmail, Chasquid, SmtpServer)}}
+KEEPERS = {"aiosmtpd", "chasquid", "smtp-server"}     # these send nothing on
+
+
 def fetch():
     """Gets what the system's packages do not bring side by side."""
-    for peer in PEERS.values():
+    for peer in SERVERS.values():
         if hasattr(peer, "fetch"):
             try:
                 peer.fetch()
@@ -720,7 +858,7 @@ def fetch():
 
 
 def show():
-    for name in PEERS:
+    for name in SERVERS:
         try:
             with start(name) as peer:
                 print(f"{name:10} {peer.version()}")

@@ -268,3 +268,9 @@ def test_chart_is_svg():
     names = [element.text for element in ElementTree.fromstring(chart).iter("{http://www.w3.org/2000/svg}text")]
     assert {"Rate <1>", "a & b", "c", "20", "100"} <= set(names)
     ElementTree.fromstring(charts.bars("Latency", "ms", {"a": (5, 4, 6)}))
+
+
+def test_an_older_binary_that_was_not_built_is_told(tmp_path):
+    done = subprocess.run([sys.executable, bench.__file__, "--before", tmp_path / "smtp"], stdout=subprocess.PIPE,
+                          stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 2 and f"{tmp_path / 'smtp'} is no program" in done.stderr

@@ -7,7 +7,7 @@ import shutil
 import subprocess
 import sys
 import xml.etree.ElementTree
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -100,6 +100,12 @@ def test_a_server_that_cannot_be_asked_fails_nothing(trouble, settings, words):
     assert (found.of("error"), found.reasons("error")) == ({"3.6.3-a"}, {words})
 
 
+def test_a_server_that_relays_nothing_is_given_up_in_the_end():
+    found = run_on("deaf", ["4.4"])
+    assert found.of("fail") == set()
+    assert "messages are not waited for any more: 3 times in a row none arrived" in found.reasons("error")
+
+
 def test_a_server_that_says_nothing_is_given_up_in_the_end():
     found = run_on("silent", ["4.1.2", "4.1.3"], reply_timeout=0.2)
     assert found.of("fail") == set()
@@ -111,6 +117,11 @@ def test_no_session_makes_more_errors_than_one_requirement_needs():
     found = run_on("strict")
     assert found.of("fail") == set()
     assert found.of("error") == {"2920-3.2-c", "4.1.4-g"}       # which are about what follows an error
+
+
+def test_a_slow_server_is_waited_for():
+    found = run_on("slow", ["4.5.1-b", "4.1.4-h"])
+    assert found.of("pass") == {"4.5.1-b", "4.1.4-h"}
 
 
 def test_a_long_wait_is_told_early(monkeypatch):
@@ -181,6 +192,15 @@ def test_a_server_that_is_not_there_takes_one_line(command):
     done = command("--server", f"127.0.0.1:{lab.unused_port()}")
     assert done.returncode == 3
     assert re.fullmatch(r"cannot connect to 127\.0\.0\.1 port \d+: Connection refused\n", done.stderr)
+
+
+def test_a_server_that_is_still_starting_is_waited_for(command):
+    port = lab.unused_port()
+    with ThreadPoolExecutor(1) as pool:
+        done = pool.submit(command, "--server", f"127.0.0.1:{port}", "--only", "4.1.1.9", "--start-timeout", 60)
+        server = Broken(port=port)
+        assert done.result().returncode == 0, done.result().stderr
+        server.stop()
 
 
 @pytest.mark.parametrize("words, complaint", [

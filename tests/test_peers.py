@@ -79,6 +79,13 @@ def test_this_server_is_in_its_control_group_from_the_beginning(start_peer):
     assert set(peer.pids()) == set(peer._group.pids())
 
 
+def test_what_a_peer_is_told_to_do_counts_as_its_own_work(start_peer):
+    if not peers.Group.exist():
+        pytest.skip("there are no control groups here")
+    peer = start_peer("postfix")
+    assert peer._order("sh", "-c", f"grep -q {peer._group.directory.name} /proc/self/cgroup")
+
+
 def test_another_binary_goes_by_its_label(start_peer, exchangers, tmp_path):
     exchanger, = exchangers(1)
     binary = tmp_path / "older"

@@ -28,9 +28,9 @@ The sink writes down every message by its id, which is its recipient. After each
 run every message that was accepted has arrived once, or the run is no result and
 this program's exit status is 1.
 
-Processor time is that of the control group that a peer runs in, with all of its
-descendants, those included that have ended or that nobody waited for. Where there
-are no control groups, the results say so.
+Processor time is that of a peer's control group: of all its processes, including
+those that have ended and those whose parent never waited for them. Where there are
+no control groups, the results say so.
 
 It needs a quiet machine, and says so where it is not one. It runs as root only: the
 exchangers' port is 25, the name server's 53, since not every peer can be told
@@ -720,8 +720,8 @@ def sync_rate(directory, processes):
     return round(100 * processes / (time.monotonic() - began))
 
 
-def surroundings(directory):
-    """What the figures depend on."""
+def surroundings(directory, apart):
+    """What the figures depend on; `apart` is whether the spools are spread out in the directory."""
     load = os.getloadavg()      # before anything here is a load itself
     model = re.search(r"^model name\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.M)
     disk = subprocess.run(["df", "--output=fstype", directory], stdout=subprocess.PIPE, text=True, check=True)
@@ -732,7 +732,7 @@ def surroundings(directory):
         "memory": f"{os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') / 2 ** 30:.0f} GiB",
         "system": f"{platform.system()} {platform.release()}",
         "disk": disk.stdout.split()[-1],
-        "spools": "new for each run, " + ("placed apart" if spread_out(directory) else "placed by the file system"),
+        "spools": "new for each run, " + ("placed apart" if apart else "placed by the file system"),
         "processor time": "of control groups" if peers.Group.exist() else
                           "of children only as their parents waited for them: there are no control groups here",
         "load before": " ".join(f"{each:.2f}" for each in load),
@@ -949,7 +949,10 @@ def some_of(known):
 
 
 def options():
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
+    measures = [f"  {name:15} {measure.run.__doc__.splitlines()[0]}" for name, measure in MEASURES.items()]
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0],
+                                     epilog="\n".join(["measures:", *measures]),
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", type=some_of(MEASURES), default=list(MEASURES), metavar="MEASURE,...",
                         help="of " + ", ".join(MEASURES))
     parser.add_argument("--peers", type=some_of(SERVERS), default=list(SERVERS), metavar="PEER,...",
@@ -980,7 +983,7 @@ def run(chosen):
     with tempfile.TemporaryDirectory(prefix="bench-", dir=chosen.directory) as name, contextlib.ExitStack() as stack:
         directory = Path(name)
         directory.chmod(0o755)
-        outcome = {"surroundings": surroundings(directory)}
+        outcome = {"surroundings": surroundings(directory, spread_out(directory))}
         bench = Bench(directory, chosen.quick, before=chosen.before)
         stack.callback(bench.close)
         if warning:

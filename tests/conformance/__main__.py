@@ -79,6 +79,8 @@ def options():
     add("--stranger", metavar="ADDRESS", help="an address of this machine that the server refuses")
     add("--patience", metavar="SECONDS", type=float, default=0,
         help="how long to be silent to see whether the server waits: 300 for what the RFC asks; without it: not at all")
+    add("--start-timeout", metavar="SECONDS", type=float, default=0,
+        help="how long to wait for the server to listen (0): for one that has just been started")
     add("--reply-timeout", metavar="SECONDS", type=float,
         help="how long to wait for a reply; without it: as long as RFC 5321 4.5.3.2 says, 2 to 10 minutes")
     add("--delivery-timeout", metavar="SECONDS", type=float, default=300,
@@ -101,7 +103,7 @@ def tell(text):
 def server(arguments):
     """The Target that the options tell of."""
     waits = {"patience": arguments.patience, "reply_timeout": arguments.reply_timeout,
-             "delivery_timeout": arguments.delivery_timeout, "tell": tell}
+             "delivery_timeout": arguments.delivery_timeout, "start_timeout": arguments.start_timeout, "tell": tell}
     if arguments.server is None:
         with this_server(waits) as target:
             yield target

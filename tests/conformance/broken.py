@@ -13,6 +13,7 @@ import socket
 import socketserver
 import sys
 import threading
+import time
 
 from dialogue import DOMAIN, LITERAL
 
@@ -155,7 +156,7 @@ FAULTS = set().union(REPLIES, FORGETS, KEEPS, CLOSES, KEYWORDS, ENDS, REFUSES, T
 TROUBLES = {
     "silent": "it answers no MAIL", "gone": "it closes the connection in place of a reply to MAIL",
     "full": "it greets with 421", "strict": "it says 421 to the second error of a session",
-    "deaf": "it takes no message further"}
+    "slow": "it answers MAIL after half a second", "deaf": "it takes no message further"}
 
 # Where two requirements say the same of one thing, both tests see it.
 SEEN_BY = {"4.2.4-a": {"4.2.4-a", "4.1.1.8-b"}}
@@ -259,6 +260,8 @@ class Session(socketserver.StreamRequestHandler):
         """Obeys a line.  False: that was the last."""
         before, where = self.state, f"{self.state} {self.previous}>{line}"
         self.previous = line.strip()[:4].upper()
+        if self.has("slow") and self.previous == "MAIL":
+            time.sleep(0.5)
         if self.has("silent", "gone") and self.previous == "MAIL":
             return self.has("silent")
         reply = self.obey(line.rstrip(" \t"))

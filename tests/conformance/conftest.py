@@ -137,12 +137,13 @@ def verdict(error):
 def pytest_runtest_makereport(item, call):
     """Every test has one result, from the phase that decides it."""
     outcome = (yield).get_result()
+    item.seconds = getattr(item, "seconds", 0) + outcome.duration
     if not hasattr(item, "requirement") or outcome.when == "teardown" or (outcome.when == "setup" and outcome.passed):
         return
     target = item.funcargs.get("target")
     transcript = target.hang_up() if target else ""
     found, reason = verdict(call.excinfo and call.excinfo.value)
-    result = report.Result(item.requirement, found, reason, transcript, outcome.duration)
+    result = report.Result(item.requirement, found, reason, transcript, item.seconds)
     item.config.results = getattr(item.config, "results", [])
     item.config.results.append(result)
     outcome.result = result

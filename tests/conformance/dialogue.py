@@ -163,7 +163,7 @@ class Target:
     """The server under test, and what may be done to it."""
 
     def __init__(self, host, port, sender="", recipient=None, sink=None, patience=0, reply_timeout=None,
-                 delivery_timeout=300, stranger=None, tell=lambda text: None):
+                 delivery_timeout=300, start_timeout=0, stranger=None, tell=lambda text: None):
         self.host, self.port = host, port
         self.sender = sender        # for MAIL; "" is the null reverse-path
         self.recipient = recipient  # where mail may be sent; None: nowhere
@@ -171,11 +171,12 @@ class Target:
         self.patience = patience    # seconds of silence that may be spent
         self.reply_timeout = reply_timeout          # seconds for any reply; None: those of the RFC
         self.delivery_timeout = delivery_timeout    # seconds for a message to get to the sink
+        self.start_timeout = start_timeout          # seconds for the server to begin to listen
         self.stranger = stranger    # an address of ours that the server refuses
         self.tell = tell            # called with a line of progress
         self.sessions = []          # those of the current test
         self.connections = 0
-        self.silences = {}          # waits in vain for the reply to a verb, one after the other
+        self.silences = {}          # waits in vain for the reply to a verb, or a delivery, one after the other
 
     def wait(self, command=""):
         """How long to wait for the reply to a command."""
@@ -190,9 +191,11 @@ class Target:
         return self.sessions[-1].greet()
 
     def socket(self, source=None):
-        """A connection.  A server that listens no more may be under load, and is waited for a little."""
-        deadline = time.monotonic() + (min(RETURN_WAIT, self.wait()) if self.connections > 1 else 0)
-        waiting = Waiting(self, "the server to listen again")
+        """A connection.  A server that listens no more may be under load, and is waited for a little; one
+        that does not listen yet, as long as is wanted."""
+        patience = min(RETURN_WAIT, self.wait()) if self.connections > 1 else self.start_timeout
+        deadline = time.monotonic() + patience
+        waiting = Waiting(self, "the server to listen")
         while True:
             try:
                 return socket.create_connection((self.host, self.port), self.wait(), (source, 0) if source else None)
@@ -229,16 +232,19 @@ class Target:
 
     # Messages at the other end.
 
-    def delivered(self, content, timeout=None):
+    def delivered(self, content):
         """A message as it arrived.  One that is returned instead is a departure."""
         def found():
             return self.arrived(content) or self.returned(content)
 
-        timeout = self.delivery_timeout if timeout is None else timeout
+        if self.silences.get("delivery", 0) >= SILENCES:
+            raise Unasked(f"messages are not waited for any more: {SILENCES} times in a row none arrived")
         waiting = Waiting(self, "the message to arrive")
-        message = wait_for(lambda: found() or waiting.tell(), timeout)
+        message = wait_for(lambda: found() or waiting.tell(), self.delivery_timeout)
         if message is None:
-            raise Unasked(f"the message was accepted, and did not arrive within {timeout:g} seconds")
+            self.silences["delivery"] = self.silences.get("delivery", 0) + 1
+            raise Unasked(f"the message was accepted, and did not arrive within {self.delivery_timeout:g} seconds")
+        self.silences["delivery"] = 0
         self._show(message)
         if f"<{self.sender}>" in message.recipients and self.sender:
             fail("the message was accepted, and then returned to its sender")
@@ -481,9 +487,21 @@ class Session:
         return self
 
     def transfer(self, content, **envelope):
-        """A whole message, dots stuffed; returns the reply to the final dot."""
-        self.data(**envelope).send(re.sub(rb"(\A|\r\n)\.", rb"\1..", content) + b".\r\n")
+        """A whole message; returns the reply to the final dot."""
+        return self.data(**envelope).finish(content)
+
+    def finish(self, content):
+        """The message behind 354, dots stuffed; returns the reply to the final dot."""
+        self.send(re.sub(rb"(\A|\r\n)\.", rb"\1..", content) + b".\r\n")
         return self.reply(".")
+
+    def accepts(self, content):
+        """Whether a whole message is accepted.  421 is a refusal, too."""
+        self.data()
+        try:
+            return self.finish(content).taken
+        except Dismissed:
+            return False
 
     def offer(self, content):
         """The same of a message with something odd.  A refusal counts only where the server

@@ -125,7 +125,7 @@ def by_chapter(results):
 
 def as_text(outcome):
     verdicts = "".join(f"{verdict:>6}" for verdict in VERDICTS)
-    lines = [f"Conformance of {outcome.server}", "", f"{'':42}{' MUST ':->24}  {' SHOULD ':->24}",
+    lines = [f"Conformance of {outcome.server}", "", f"{'':42}{' MUST ':-^24}  {' SHOULD ':-^24}",
              f"{'':42}{verdicts}  {verdicts}"]
     for name, each in [*by_chapter(outcome.results).items(), ("all", outcome.results)]:
         counts = count(each)
@@ -230,6 +230,11 @@ pre { background: var(--page); border: 1px solid var(--line); border-radius: .4r
 p { margin: .4rem 0 0; }
 a { color: inherit; white-space: nowrap; }
 body > table { margin-top: 1rem; font-size: .9rem; }
+@media (max-width: 34rem) {
+tr { display: grid; grid-template-columns: repeat(8, 1fr); }
+tr > :first-child { grid-column: 1 / -1; border: 0; padding-bottom: 0; }
+thead tr > :first-child { display: none; }
+th[colspan] { grid-column: span 4; } }
 
 """
 
