@@ -44,7 +44,10 @@
  * locks are not inherited by fork(), vanish with the process, and also when it
  * closes *any* descriptor of the file: a message is never opened twice.
  *
- * Contents, to be read from the end:
+ * Contents.  Each chapter calls only those above it.  To follow a message, begin with
+ * draft_store() and draft_forward(), in "Forwarders", and go up from there; then read
+ * run_queue(), in "The queue".
+ *
  *   Names and times    ids, dates, due times, and memory
  *   The spool          drafts, and how they become durable
  *   Messages           reading a file of the queue back
@@ -56,7 +59,8 @@
  *   Delivery           one message to one domain
  *   Reports            RFC 3464
  *   Forwarders         one message to all its domains
- *   The queue          the runner, and smtp -l
+ *   The queue          the runner
+ *   The list           smtp -l
  */
 #include "smtp.h"
 
@@ -77,6 +81,7 @@
 enum {
     BLOCK = 65536,              /* octets of a message read or sent at once */
     SPOOL_LINE = 8192,          /* the longest line the spool has above and below a body */
+    SAID_LIMIT = 4096,          /* octets that exchangers say of a recipient in one try, as far as they are recorded */
     STALE = 3600,               /* seconds, beside IDLES times -t, after which nobody writes to a draft any more */
     RETRY_LIMIT = 3600,         /* seconds between tries at most */
     TRY_LIMIT = 3 * 3600,       /* seconds a try may take ... */
@@ -523,7 +528,9 @@ static const char *const outcome_names[] = { "later", "sent", "failed" };
 struct recipient {
     char *address;
     enum outcome outcome;   /* LATER: the message is owed to it, and the next exchanger or try may change that */
-    char *said;             /* behind an outcome: the exchanger, a space, its words; or NULL */
+    char *said;             /* behind an outcome: the exchanger, a space, its words; or NULL.  If several
+                             * exchangers said `later` in one try, all of them, with "; " between */
+    size_t last;            /* where in `said` the last exchanger begins */
     unsigned tries;         /* how many records say `later` */
     bool unrecorded;        /* outcome and said are of this try, and not in the file yet */
 };
@@ -807,30 +814,47 @@ static void set_due(const struct message *m)
     futimens(m->fd, times);
 }
 
-/* Sets a recipient's outcome.  SENT and FAILED are final; after LATER the next
- * exchanger may set another. */
+/* Has this try given the recipient this outcome, and is it not in the file yet? */
+static bool is_new(const struct recipient *r, enum outcome outcome)
+{
+    return r->unrecorded && r->outcome == outcome;
+}
+
+/* Returns where an exchanger's words have to stand among those that others have given
+ * in this try: in the place of its own if it is asked again, else behind them. */
+static size_t place_words(const struct recipient *r, const char *relay)
+{
+    size_t length = strlen(relay);
+
+    if (strncmp(r->said + r->last, relay, length) == 0 && r->said[r->last + length] == ' ')
+        return r->last;
+    return strlen(r->said) + 2;
+}
+
+/* Settles a recipient for this try.  LATER may still be overruled by the next exchanger;
+ * if that says LATER, too, the words of both are kept, up to a limit. */
 static void settle(struct recipient *r, enum outcome outcome, const char *relay, const char *words)
 {
-    size_t size = strlen(relay) + strlen(words) + 2;
+    size_t at = outcome == LATER && is_new(r, LATER) ? place_words(r, relay) : 0;
+    size_t size = at + strlen(relay) + strlen(words) + 2;
 
+    if (at > 0 && size > SAID_LIMIT)
+        return;
     r->said = allocate(r->said, size);
-    snprintf(r->said, size, "%s %s", relay, words);
+    if (at > 0)
+        memcpy(r->said + at - 2, "; ", 2);
+    snprintf(r->said + at, size - at, "%s %s", relay, words);
+    r->last = at;
     r->outcome = outcome;
     r->unrecorded = true;
 }
 
-/* Sets the outcome of all of these that have no final one yet. */
+/* Settles all of these who have no final outcome yet. */
 static void settle_all(struct recipient **to, size_t count, enum outcome outcome, const char *relay, const char *words)
 {
     for (size_t i = 0; i < count; i++)
         if (to[i]->outcome == LATER)
             settle(to[i], outcome, relay, words);
-}
-
-/* Has this try given the recipient this outcome, and is it not in the file yet? */
-static bool is_new(const struct recipient *r, enum outcome outcome)
-{
-    return r->unrecorded && r->outcome == outcome;
 }
 
 static bool any_new(const struct message *m, enum outcome outcome)
@@ -2599,19 +2623,18 @@ static void talk(struct batch *b, struct exchange *x, struct message *m, struct 
         x->progress = UNTRIED;
 }
 
-/* Recipients that have had no answer from any exchanger in this try get the reason
- * why the most preferred address could not be reached.  One that this machine has no
- * network for is to blame only if all are. */
-static void blame(const struct route *route, struct recipient **to, size_t count)
+/* Recipients that are still owed the message get the reasons why exchangers could not
+ * be reached, the most preferred first, behind what others said to them.  An address
+ * that this machine has no network for is to blame only if all are. */
+static void blame(const struct route *route, enum outcome outcome, struct recipient **to, size_t count)
 {
-    const struct exchange *blamed = NULL;
+    bool network = false;
 
     for (const struct exchange *x = route->x; x < route->x + route->count; x++)
-        if (x->progress == SPENT && (blamed == NULL || (blamed->refusal == NO_NETWORK && x->refusal != NO_NETWORK)))
-            blamed = x;
-    for (size_t i = 0; i < count && blamed != NULL; i++)
-        if (to[i]->outcome == LATER && !to[i]->unrecorded)
-            settle(to[i], LATER, blamed->label, blamed->words);
+        network = network || (x->progress == SPENT && x->refusal != NO_NETWORK);
+    for (const struct exchange *x = route->x; x < route->x + route->count; x++)
+        if (x->progress == SPENT && x->messages == 0 && (x->refusal != NO_NETWORK || !network))
+            settle_all(to, count, outcome, x->label, x->words);
 }
 
 /* Did all greet with a 5xx?  Then the domain takes no mail (RFC 5321 3.1).  An address
@@ -2646,7 +2669,7 @@ static enum reach judge_try(const struct batch *b, const struct route *route, st
 static enum reach try_exchangers(struct batch *b, struct route *route, struct message *m, struct recipient **to,
     size_t count)
 {
-    bool reached = false, refused;
+    bool reached = false;
     size_t i = 0;
 
     while (i < route->count && any_owed(to, count)) {
@@ -2662,11 +2685,7 @@ static enum reach try_exchangers(struct batch *b, struct route *route, struct me
         while (i < route->count && route->x[i].preference == preference)
             i++;
     }
-    blame(route, to, count);
-    refused = all_refuse(route);
-    for (size_t k = 0; k < count; k++)
-        if (to[k]->outcome == LATER && refused)
-            to[k]->outcome = FAILED;
+    blame(route, all_refuse(route) ? FAILED : LATER, to, count);
     return judge_try(b, route, to, count, reached);
 }
 
@@ -3671,51 +3690,98 @@ static int compare_ids(const void *a, const void *b)
 static const char *duration(char text[32], int64_t seconds)
 {
     if (seconds < 3600)
-        snprintf(text, 32, "%lldm%02llds", (long long)(seconds > 0 ? seconds / 60 : 0), (long long)(seconds > 0 ? seconds % 60 : 0));
+        snprintf(text, 32, "%lldm%02llds", (long long)(seconds > 0 ? seconds / 60 : 0),
+            (long long)(seconds > 0 ? seconds % 60 : 0));
     else
         snprintf(text, 32, "%lldd%02lldh%02lldm", (long long)(seconds / 86400), (long long)(seconds / 3600 % 24),
             (long long)(seconds / 60 % 60));
     return text;
 }
 
-/* Prints one message.  Returns how many recipients it is owed to, 0 also for
- * what is no message. */
-static size_t list_message(const char *id, long long *octets)
+/* Does the text have the word in it, in any case? */
+static bool has_word(const char *text, const char *word)
+{
+    size_t length = strlen(word);
+
+    for (; strlen(text) >= length; text++)
+        if (strncasecmp(text, word, length) == 0)
+            return true;
+    return false;
+}
+
+/* Is the message to be listed?  Only what the list shows of it counts, and so no
+ * recipient to whom it is not owed any more. */
+static bool is_wanted(const struct message *m, char **words)
+{
+    bool wanted = *words == NULL;
+
+    for (; *words != NULL && !wanted; words++) {
+        wanted = has_word(m->id, *words) || has_word(m->reverse_path, *words);
+        for (size_t i = 0; i < m->count; i++)
+            wanted = wanted || (m->recipients[i].outcome == LATER && has_word(m->recipients[i].address, *words));
+    }
+    return wanted;
+}
+
+/* Prints one message, and below it each recipient that it is owed to. */
+static void print_message(const struct message *m, const struct stat *st)
 {
     char age[32], next[32];
+    time_t now = wall_clock();
+    unsigned tries = 0;
+
+    for (size_t i = 0; i < m->count; i++)
+        if (m->recipients[i].tries > tries)
+            tries = m->recipients[i].tries;
+    printf("%s  %lld octets  age %s  from <%s>  %u %s  ", m->id, (long long)(m->end - m->body),
+        duration(age, (int64_t)now - id_time(m->id)), m->reverse_path, tries, tries == 1 ? "try" : "tries");
+    if (is_locked(m->fd))
+        printf("being tried now\n");
+    else
+        printf("next try in %s\n", duration(next, (int64_t)st->st_mtime - now));
+    for (size_t i = 0; i < m->count; i++)
+        if (m->recipients[i].outcome == LATER)
+            printf("    <%s>  %s\n", m->recipients[i].address,
+                m->recipients[i].said != NULL ? m->recipients[i].said : "not tried yet");
+}
+
+/* What the list has shown. */
+struct sums {
+    unsigned long messages, recipients;
+    long long octets;
+};
+
+/* Lists one file of the queue, if it is a message that is wanted. */
+static void list_message(const char *id, char **words, struct sums *sums)
+{
     struct message m;
     struct stat st;
     int fd = open_message("queue", id, O_RDONLY);
-    size_t owed = 0;
-    time_t now = wall_clock();
+    unsigned long owed = 0;
 
     if (fd < 0)
-        return 0;
-    if (message_read(&m, fd, id) && fstat(fd, &st) == 0) {
-        printf("%s  %lld octets  age %s  from <%s>  ", id, (long long)(m.end - m.body),
-            duration(age, (int64_t)now - id_time(id)), m.reverse_path);
-        if (is_locked(fd))
-            printf("being tried now\n");
-        else
-            printf("next try in %s\n", duration(next, (int64_t)st.st_mtime - now));
+        return;
+    if (!message_read(&m, fd, id)) {
+        if (m.error != 0)
+            log_unread(&m);
+    } else if (is_wanted(&m, words) && fstat(fd, &st) == 0) {
+        print_message(&m, &st);
         for (size_t i = 0; i < m.count; i++)
-            if (m.recipients[i].outcome == LATER) {
-                printf("    <%s>  %s\n", m.recipients[i].address,
-                    m.recipients[i].said != NULL ? m.recipients[i].said : "not tried yet");
-                owed++;
-            }
-        if (owed > 0)
-            *octets += (long long)(m.end - m.body);
+            owed += m.recipients[i].outcome == LATER ? 1 : 0;
+    }
+    if (owed > 0) {
+        sums->messages++;
+        sums->recipients += owed;
+        sums->octets += (long long)(m.end - m.body);
     }
     message_free(&m);
-    return owed;
 }
 
-int list_queue(void)
+int list_queue(char **words)
 {
     char (*ids)[ID_SIZE] = NULL;
-    size_t count = 0, room = 0, messages = 0, recipients = 0;
-    long long octets = 0;
+    size_t count = 0, room = 0;
+    struct sums sums = { 0, 0, 0 };
     struct dirent *entry;
     DIR *queue = chdir(settings.spool) == 0 ? opendir("queue") : NULL;
 
@@ -3733,13 +3799,10 @@ int list_queue(void)
     closedir(queue);
     if (count > 0)
         qsort(ids, count, sizeof *ids, compare_ids);    /* the oldest first */
-    for (size_t i = 0; i < count; i++) {
-        size_t owed = list_message(ids[i], &octets);
-
-        messages += owed > 0;
-        recipients += owed;
-    }
-    printf("%lu messages for %lu recipients, %lld octets\n", (unsigned long)messages, (unsigned long)recipients, octets);
+    for (size_t i = 0; i < count; i++)
+        list_message(ids[i], words, &sums);
+    printf("%lu message%s for %lu recipient%s, %lld octets\n", sums.messages, sums.messages == 1 ? "" : "s",
+        sums.recipients, sums.recipients == 1 ? "" : "s", sums.octets);
     free(ids);
     return fflush(stdout) == 0 ? 0 : 1;
 }

@@ -1821,7 +1821,7 @@ int setgroups(size_t count, const gid_t *groups);
 /* By subject, and no longer than a screen: 24 lines of 80 columns, with the prompt. */
 static const char usage_text[] =
     "usage: smtp [options] address...    serve on these addresses\n"
-    "       smtp -l [-q spool]           list the queue\n"
+    "       smtp -l [-q spool] [word]... list the queue, or what has such a word\n"
     "serving     -p port         listen on this port, 0 for any that is free (25)\n"
     "            -h hostname     our name (the system's)\n"
     "            -q spool        where messages are kept (/var/spool/smtp)\n"
@@ -1844,6 +1844,8 @@ static const char usage_text[] =
     "queue       -j number       forwarders at once (50)\n"
     "            -r, -e time     first retry after (5m), give up after (5d)\n";
 
+static const char version_text[] = "smtp " VERSION "\n";
+
 /* One line that says what is wrong on the command line. */
 static void misused(const char *format, ...)
 {
@@ -1861,9 +1863,10 @@ static void usage(void)
     exit(2);
 }
 
-static void version(void)
+/* Prints what the command line asks for instead of a server. */
+static void inform(const char *text)
 {
-    puts("smtp " VERSION);
+    fputs(text, stdout);
     exit(fflush(stdout) == 0 ? 0 : 1);
 }
 
@@ -2224,13 +2227,33 @@ static void default_names(void)
         misused("-M %s: not an address such as postmaster@example.org", settings.postmaster);
 }
 
-static void read_options(int argc, char **argv, unsigned *port, const char **user, bool *list)
+/* What the command line asks for. */
+enum task { SERVE, LIST, PRINT_VERSION };
+
+/* A word that -l or -V takes for something else than its writer means may be an
+ * address to listen on. */
+static void check_words(enum task task, bool serves, int words, const char *first)
+{
+    if (task == PRINT_VERSION && words > 0)
+        misused("-V prints the version: '%s' has no meaning behind it", first);
+    if (task == LIST && words > 0 && serves)
+        misused("-l lists what has the word '%s', and takes no option but -q then", first);
+}
+
+static enum task read_options(int argc, char **argv, unsigned *port, const char **user)
 {
     const char *smarthost = NULL, *password_file = NULL;
+    enum task task = SERVE;
+    bool serves = false;        /* an option is for a server */
     int option;
 
+    if (argc == 2 && strcmp(argv[1], "--help") == 0)        /* of which POSIX's getopt() knows nothing */
+        inform(usage_text);
+    if (argc == 2 && strcmp(argv[1], "--version") == 0)
+        inform(version_text);
     opterr = 0;
-    while ((option = getopt(argc, argv, ":A:a:b:c:d:e:h:j:lM:m:n:P:p:q:r:S:s:T:t:u:Vvw:X:")) != -1)
+    while ((option = getopt(argc, argv, ":A:a:b:c:d:e:h:j:lM:m:n:P:p:q:r:S:s:T:t:u:Vvw:X:")) != -1) {
+        serves = serves || strchr("lqV", option) == NULL;
         switch (option) {
         case 'A': password_file = optarg; break;
         case 'a': add_network(&settings.allowed, option, optarg); break;
@@ -2240,7 +2263,7 @@ static void read_options(int argc, char **argv, unsigned *port, const char **use
         case 'e': settings.expire = (long)quantity(option, optarg, &time_units, 1, LONG_MAX / 1000); break;
         case 'h': settings.hostname = optarg; break;
         case 'j': settings.forwarders = (long)number(option, optarg, 1, 10000); break;
-        case 'l': *list = true; break;
+        case 'l': task = LIST; break;
         case 'M': settings.postmaster = optarg; break;
         case 'm': settings.max_size = quantity(option, optarg, &size_units, 0, ULLONG_MAX); break;
         case 'n': add_nameserver(optarg); break;
@@ -2256,7 +2279,7 @@ static void read_options(int argc, char **argv, unsigned *port, const char **use
         case 'T': set_tls(optarg); break;
         case 't': settings.idle = (long)quantity(option, optarg, &time_units, 1, 86400); break;
         case 'u': *user = optarg; break;
-        case 'V': version(); break;
+        case 'V': task = PRINT_VERSION; break;
         case 'v': settings.verbose = true; break;
         case 'w': settings.wait = (long)quantity(option, optarg, &time_units, 1, 86400); break;
         case 'X': add_network(&settings.proxies, option, optarg); break;
@@ -2268,7 +2291,10 @@ static void read_options(int argc, char **argv, unsigned *port, const char **use
         default:
             misused("there is no option -%c (smtp -h explains the options)", optopt);
         }
+    }
+    check_words(task, serves, argc - optind, argv[optind]);
     settle_smarthost(smarthost, password_file);     /* now that all of them are known */
+    return task;
 }
 
 /* Descriptors 0 to 2 exist, else a client's socket might become our stderr; and
@@ -2325,17 +2351,20 @@ int main(int argc, char **argv)
 {
     const char *user_name = NULL;
     unsigned port = 25;
-    bool list = false, root = geteuid() == 0 || getuid() == 0;
+    bool root = geteuid() == 0 || getuid() == 0;
     const struct passwd *user = NULL;
+    enum task task;
     sigset_t open;
 
     settle_descriptors();
     umask(077);
     add_network(&settings.allowed, 'a', "127.0.0.0/8");
     add_network(&settings.allowed, 'a', "::1");
-    read_options(argc, argv, &port, &user_name, &list);
-    if (list)
-        return list_queue();
+    task = read_options(argc, argv, &port, &user_name);
+    if (task == PRINT_VERSION)
+        inform(version_text);
+    if (task == LIST)
+        return list_queue(argv + optind);
     if (argc == 1)
         usage();
     if (optind == argc)

@@ -225,8 +225,9 @@ enum { DUE_SIZE = ID_SIZE + 10 };
  * what a crash left.  SIGHUP makes everything due. */
 void manage_queue(int due_fd, pid_t server);
 
-/* smtp -l: prints the queue.  Returns the exit status. */
-int list_queue(void);
+/* smtp -l: prints the queue, or of it what has one of these words, up to a NULL, in its
+ * id, its sender or a recipient.  Returns the exit status. */
+int list_queue(char **words);
 
 /* ---- dns.c: sockets and waiting ---------------------------------------- */
 

@@ -694,8 +694,8 @@ def test_refusal_names_sender_and_recipient_where_they_are_known(house):
 # ---- smtp -l --------------------------------------------------------------------------------------------
 
 
-def listing(server):
-    result = run("-l", "-q", server.spool)
+def listing(server, *words):
+    result = run("-l", "-q", server.spool, *words)
     assert (result.returncode, result.stderr) == (0, "")
     return result.stdout
 
@@ -716,12 +716,12 @@ def test_listing(house):
     (world.relay.spool / "queue" / "junk").write_bytes(b"")
     lines = listing(world.relay).splitlines()
     for line, pattern in zip(lines, [
-            rf"{oldest.name}  12 octets  age 1d01h01m  from <nour@example\.org>  next try in 0m00s",
+            rf"{oldest.name}  12 octets  age 1d01h01m  from <nour@example\.org>  2 tries  next try in 0m00s",
             rf"    <a@example\.net>  {re.escape(said)} again",
             r"    <c@example\.org>  not tried yet",
-            rf'{middle.name}  12 octets  age 0d01h01m  from <"a b"@example\.org>  next try in 0d02h0[01]m',
+            rf'{middle.name}  12 octets  age 0d01h01m  from <"a b"@example\.org>  0 tries  next try in 0d02h0[01]m',
             r"    <a@example\.net>  not tried yet",
-            rf"{newest.name}  25 octets  age 0m[2-5]\ds  from <>  next try in [34]m\d\ds",
+            rf"{newest.name}  25 octets  age 0m[2-5]\ds  from <>  0 tries  next try in [34]m\d\ds",
             r"    <c@example\.net>  not tried yet",
             r"3 messages for 4 recipients, 49 octets"]):
         assert re.fullmatch(pattern, line), line
@@ -730,6 +730,54 @@ def test_listing(house):
 
 def test_listing_of_an_empty_queue(house):
     assert listing(house().relay) == "0 messages for 0 recipients, 0 octets\n"
+
+
+def test_listing_of_what_has_a_word(house):
+    """In its id, its sender or a recipient that it is owed to, in any case."""
+    world = house()
+    world.relay.stop()
+    first = put(world.relay, "a@example.net", "done@example.com", sender="nour@example.org", due=time.time() + 200,
+                outcomes=[(60, "sent <done@example.com> - 250 Ok"), (60, "later <a@example.net> - 451 later")])
+    second = put(world.relay, "b@example.net", sender="lina@example.org", due=time.time() + 200)
+
+    def ids(*words):
+        *lines, last = listing(world.relay, *words).splitlines()
+        found = [line.split()[0] for line in lines if not line.startswith(" ")]
+        assert last.startswith(f"{len(found)} message{'s' * (len(found) != 1)} for ")
+        return found
+    for words, found in [(("nour",), [first]), (("B@EXAMPLE",), [second]), (("example.net",), [first, second]),
+                         ((first.name,), [first]), (("nour", "lina"), [first, second]), (("done@",), []),
+                         (("a@example.nex",), []), (("451",), []), (("nour@", "a@"), [first, second])]:
+        assert ids(*words) == [path.name for path in found], words
+    assert listing(world.relay, "nour").splitlines() == [
+        *[line for line in listing(world.relay).splitlines() if "nour" in line or "a@example.net" in line],
+        "1 message for 1 recipient, 12 octets"]
+
+
+def test_words_of_all_exchangers_are_recorded_and_listed(dns, exchangers, relay):
+    """Those of the last try, each exchanger's once, in a line that reads back as one try."""
+    first, second, dead = exchangers(3)
+    dns.mail("example.net", (10, first), (20, second), (30, dead))
+    first.set(replies={"RCPT": "451 4.7.1 greylisted"})
+    second.set(replies={"CONNECT": "421 4.3.2 too busy"})
+    dead.stop()
+    server = relay(mx_port=first.port)
+    server.send("b@example.net", "c@example.net", sender="")
+    said = (rf"{re.escape(label(first))} 451 4\.7\.1 greylisted; {re.escape(label(second))} 421 4\.3\.2 too busy; "
+            rf"{re.escape(label(dead))} 4\.4\.1 Connection refused")
+    outcome = server.outcomes("c@example.net")[0]
+    assert re.fullmatch(said, f"{outcome.relay} {outcome.words}")
+    path, = server.queue()
+    record = rf"(?m)^\S+ later <b@example\.net> {said}\r$"
+    wait_for(lambda: len(re.findall(record, outcomes_in(path))) == 1)
+    line, *owed, _ = listing(server).splitlines()
+    assert "  1 try  " in line
+    assert [re.fullmatch(rf"    <\w@example\.net>  {said}", line) is not None for line in owed] == [True, True]
+    server.hangup_until(lambda: re.search("  [2-9] tries  ", listing(server)))
+    wait_for(lambda: f"  {len(re.findall(record, outcomes_in(path)))} tries  " in listing(server))
+    second.set(replies={"RCPT": "550 5.1.1 nobody"})       # a failure is one exchanger's, and so are its words
+    hangup_until_empty(server)
+    assert server.outcomes("b@example.net")[-1].words == "550 5.1.1 nobody"
 
 
 def test_listing_without_a_queue(tmp_path):
@@ -746,9 +794,9 @@ def test_listing_while_a_message_is_tried(house):
     id = world.relay.send("b@example.net", sender="")
     reply.asked.wait(20)
     for _ in range(2):
-        assert re.fullmatch(rf"{id}  \d+ octets  age 0m\d\ds  from <>  being tried now\n"
+        assert re.fullmatch(rf"{id}  \d+ octets  age 0m\d\ds  from <>  0 tries  being tried now\n"
                             r"    <b@example\.net>  not tried yet\n"
-                            r"1 messages? for 1 recipients?, \d+ octets\n", listing(world.relay))
+                            r"1 message for 1 recipient, \d+ octets\n", listing(world.relay))
     look_through(world.relay)
     reply.give()
     wait_until_empty(world.relay)

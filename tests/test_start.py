@@ -104,7 +104,8 @@ def test_a_value_that_cannot_be(spool, option, values):
 
 
 @pytest.mark.parametrize("arguments, wrong", [
-    (("-x", "127.0.0.1"), "-x"), (("--help",), "-"), (("-p",), "-p"), (("-q", "spool", "-v", "-M"), "-M"),
+    (("-x", "127.0.0.1"), "-x"), (("--help", "127.0.0.1"), "-"), (("-p",), "-p"), (("-l", "-p", 25, "word"), "-l"),
+    (("-V", "word"), "-V"), (("--version", "word"), "-"), (("--versio",), "-"), (("-q", "spool", "-v", "-M"), "-M"),
     (("-p", 0), "address"), (("-v", "-q", "spool"), "address")])
 def test_a_command_line_that_cannot_be(tmp_path, monkeypatch, arguments, wrong):
     monkeypatch.chdir(tmp_path)
@@ -125,6 +126,14 @@ def test_source_that_this_machine_does_not_have(spool, address):
 
 def test_four_name_servers_are_too_many(spool):
     refusal(2, *("-n", "192.0.2.1") * 4, "-q", spool, *HERE)
+
+
+def test_help_and_version():
+    """Where they are asked for, they are no error."""
+    for arguments, text in ((("--help",), run("-h").stderr), (("--version",), run("-V").stdout)):
+        ended = run(*arguments)
+        assert (ended.returncode, ended.stdout, ended.stderr) == (0, text, "")
+    assert re.fullmatch(r"smtp \d+(\.\d+)+\n", run("-V").stdout)
 
 
 @pytest.mark.parametrize("arguments", [(), ("-h",)])
