@@ -934,7 +934,9 @@ def test_no_address_has_a_network(nowhere, dns, relay):
     send(server, "b@example.net")
     found = outcome(server, "b@example.net")
     assert found.status == "later"
-    assert found.words in ("4.4.1 Network is unreachable", "4.4.1 No route to host")
+    said = f"{found.relay} {found.words}".split("; ")       # of each address
+    assert len(said) == len(nowhere)
+    assert all(re.fullmatch(r"\S+ 4\.4\.1 (Network is unreachable|No route to host)", words) for words in said)
 
 
 @hostile
@@ -1257,6 +1259,7 @@ def test_a_try_has_an_end(dns, exchangers, relay):
     for _ in range(2):
         send(server, *(f"b{n}@example.net" for n in range(100)))
         processes += wait_for(lambda: set(children(server.pid)) - set(processes))
+    wait_for(lambda: len(slow.connections) == 2)        # the alarms are set
     os.kill(processes[2], signal.SIGSTOP)
     wait_for(lambda: server.logged(" to=<b99@example.net> .* status=later "), timeout=60)
     wait_for(lambda: alarm_is_pending(processes[2]), timeout=90)
