@@ -70,6 +70,12 @@ bench: smtp
 course:
 	sh tests/run -q tests/test_course.py
 
+# Whether exercise N of docs/course/exercises.md is solved; if not, what is missing.
+N =
+
+exercise:
+	@python3 tests/exercises/grade.py $(N)
+
 demo: smtp
 	python3 tests/demo.py
 

@@ -3,11 +3,13 @@ import concurrent.futures
 import contextlib
 import os
 import re
+import resource
 import shutil
 import signal
 import smtplib
 import socket
 import subprocess
+import sys
 
 import pytest
 
@@ -15,6 +17,10 @@ import course
 import lab
 import programs
 from lab import exchangers, wait_for
+
+sys.path.insert(0, str(lab.ROOT / "tests" / "exercises"))
+
+import grade                                                # noqa: E402
 
 NAMES = [path.name for path in course.SOURCES]
 LETTER = "Subject: testing\n\nDear Nour, This is me testing my server\n.and a dot\n"
@@ -327,7 +333,7 @@ def test_the_fourth_answers_after_the_last_sync(start, strace, tmp_path):
         text = wait_for(lambda: trace() if "queued as" in trace() else None)
     assert reply.startswith("250 2.0.0 Ok: queued as ")
     calls = re.findall(r"^\d+ (fsync\(\d+<[^>]*/(?:tmp|queue)\b|rename|write\(\d+<[^>]*>, \"250 2\.0\.0 Ok: q)", text, re.M)
-    assert len(calls) == 4
+    assert len(calls) == 4, text
     assert "tmp" in calls[0] and calls[1] == "rename" and "queue" in calls[2] and calls[3].startswith("write")
 
 
@@ -578,3 +584,85 @@ def test_a_malformed_answer_is_trouble_and_no_more(wire, start, dns):
     server = relay(start, dns, 1)
     deliver(server, "a@example.net")
     wait_for(lambda: server.logged("later <a@example.net> "))
+
+
+# ---- The chapters -----------------------------------------------------------------------
+
+
+def test_each_program_has_its_chapter():
+    assert [path.stem for path in course.CHAPTERS] == [path.stem for path in course.SOURCES]
+
+
+@pytest.fixture(scope="module")
+def played(tmp_path_factory):
+    """What course.play() says of each chapter.  They wait most of the time: all play at once."""
+    with concurrent.futures.ThreadPoolExecutor(len(course.CHAPTERS)) as pool:
+        yield {path: pool.submit(course.play, path, tmp_path_factory.mktemp(path.stem))
+               for path in course.CHAPTERS if not course.missing_tools(path)}
+
+
+@pytest.mark.parametrize("path", course.CHAPTERS, ids=lambda path: path.stem)
+def test_the_commands_of_a_chapter_show_what_it_says(path, played, graded):     # which play meanwhile
+    missing = course.missing_tools(path)
+    if missing:
+        pytest.skip(f"not installed: {' '.join(missing)}")
+    assert len(course.commands(path)) > 5
+    difference = played[path].result()
+    if difference is not None:
+        pytest.fail("$ {}\n---- has to show:\n{}---- and shows:\n{}".format(*difference), pytrace=False)
+
+
+# ---- The exercises ----------------------------------------------------------------------
+
+
+def titles():
+    """{number: title}, as the text has them."""
+    text = (course.COURSE / "exercises.md").read_text()
+    return {int(number): title for number, title in re.findall(r"^## (\d+)\. (.*)$", text, re.MULTILINE)}
+
+
+def test_each_exercise_has_its_text_its_test_and_its_solution():
+    assert list(titles()) == sorted(grade.EXERCISES) == list(range(1, len(grade.EXERCISES) + 1))
+    assert [int(path.name[:2]) for path in sorted(grade.HERE.glob("*.diff"))] == sorted(grade.EXERCISES)
+    for number, title in titles().items():
+        assert grade.EXERCISES[number].__doc__.lower() == title.lower()
+        assert grade.solution(number).read_text().startswith(f"Solution of exercise {number}, ")
+
+
+def test_each_exercise_belongs_to_a_chapter():
+    named = [int(number) for path in course.CHAPTERS for number in re.findall(r"exercises\.md#(\d+)-", path.read_text())]
+    assert sorted(named) == sorted(grade.EXERCISES)
+
+
+@pytest.fixture(scope="module")
+def graded(tmp_path_factory):
+    """What grade() says of each exercise, without its solution and with it: all at once, too."""
+    def both(number):
+        tree = tmp_path_factory.mktemp("exercise") / "tree"
+        shutil.copytree(course.COURSE, tree / "docs/course")
+        before = grade.grade(number, tree)
+        subprocess.run(["patch", "-s", "-p0", "-i", grade.solution(number)], cwd=tree, check=True)
+        return before, grade.grade(number, tree)
+
+    with concurrent.futures.ThreadPoolExecutor(len(grade.EXERCISES)) as pool:
+        yield {number: pool.submit(both, number) for number in grade.EXERCISES}
+
+
+@pytest.mark.parametrize("number", grade.EXERCISES)
+def test_an_exercise_is_not_solved_before_and_solved_after(number, graded):
+    for tool in ("patch",) + (("strace", "nc") if number == 9 else ()):
+        if shutil.which(tool) is None:
+            pytest.skip(f"{tool} is not installed")
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    if number == 4 and hard != resource.RLIM_INFINITY and hard < 2000:
+        pytest.skip(f"no process may open more than {hard} files here")
+    before, after = graded[number].result()
+    assert before is not None and "came to an end" not in before
+    assert after is None, after
+
+
+def test_make_exercise():
+    said = subprocess.run(["make", "-s", "exercise", "N=7"], cwd=lab.ROOT, capture_output=True, text=True)
+    assert said.returncode != 0 and said.stderr.startswith("exercise 7: not yet.\nRCPT TO:<friend@localhost> is answered")
+    said = subprocess.run(["make", "-s", "exercise"], cwd=lab.ROOT, capture_output=True, text=True)
+    assert "make exercise N=7: N is the number of an exercise" in said.stderr
