@@ -1353,31 +1353,6 @@ static int start_transaction(struct session *s)
     return ends[0];
 }
 
-/* Gives complete messages to children, up to STORING_AT_ONCE at a time.  Each round
- * begins behind the session at which the last one ended, so that all have their turn. */
-static void start_transactions(void)
-{
-    static size_t turn;
-    size_t storing = count_sessions(STORING);
-
-    for (size_t i = 0; i < session_count && storing < STORING_AT_ONCE; i++) {
-        struct session *s = sessions[turn++ % session_count];
-
-        if (s->phase != COMPLETE)
-            continue;
-        s->pipe = start_transaction(s);
-        if (s->pipe >= 0) {
-            draft_forget(&s->tx->draft);
-            s->phase = STORING;
-            storing++;
-        } else {
-            reply(s, "%s", draft_refusal(EAGAIN));
-            reset(s);
-            flush(s);
-        }
-    }
-}
-
 /* The final dot.  The loop gives the message to a child before it waits again. */
 static void end_message(struct session *s)
 {
@@ -1430,26 +1405,6 @@ static size_t take_message(struct session *s, const char *bytes, size_t size)
     if (tx->refusal == NULL)
         s->limit += (int64_t)used;      /* a second for every 1,000 octets */
     return used;
-}
-
-/* Takes the reply of the child that stores this client's message and tells the
- * client.  End of file without a line means that the child has died: 451. */
-static void take_result(struct session *s)
-{
-    char line[REPLY_SIZE];
-    ssize_t n = read(s->pipe, line, sizeof line - 1);
-
-    if (n < 0 && errno == EINTR)
-        return;
-    line[n > 0 ? n : 0] = '\0';
-    line[strcspn(line, "\n")] = '\0';
-    close_fd(&s->pipe);
-    reply(s, "%s", line[0] != '\0' ? line : draft_refusal(EIO));
-    reset(s);
-    if (line[0] == '2')
-        renew(s);
-    else
-        extend_deadline(s);
 }
 
 /* ==== The loop =========================================================== */
@@ -1580,6 +1535,57 @@ static void hear(struct session *s)
     }
 }
 
+/* Tells the client what became of its message, and goes on with what it has sent
+ * meanwhile. */
+static void end_transaction(struct session *s, const char *line)
+{
+    reply(s, "%s", line);
+    reset(s);
+    if (line[0] == '2')
+        renew(s);
+    else
+        extend_deadline(s);
+    converse(s, s->in.bytes, got_term ? 0 : s->in.size);
+}
+
+/* Takes the reply of the child that stores this client's message.  End of file
+ * without a line means that the child has died: 451. */
+static void take_result(struct session *s)
+{
+    char line[REPLY_SIZE];
+    ssize_t n = read(s->pipe, line, sizeof line - 1);
+
+    if (n < 0 && errno == EINTR)
+        return;
+    line[n > 0 ? n : 0] = '\0';
+    line[strcspn(line, "\n")] = '\0';
+    close_fd(&s->pipe);
+    end_transaction(s, line[0] != '\0' ? line : draft_refusal(EIO));
+}
+
+/* Gives complete messages to children, up to STORING_AT_ONCE at a time.  Each round
+ * begins behind the session at which the last one ended, so that all have their turn. */
+static void start_transactions(void)
+{
+    static size_t turn;
+    size_t storing = count_sessions(STORING);
+
+    for (size_t i = 0; i < session_count && storing < STORING_AT_ONCE; i++) {
+        struct session *s = sessions[turn++ % session_count];
+
+        if (s->phase != COMPLETE)
+            continue;
+        s->pipe = start_transaction(s);
+        if (s->pipe >= 0) {
+            draft_forget(&s->tx->draft);
+            s->phase = STORING;
+            storing++;
+        } else {
+            end_transaction(s, draft_refusal(EAGAIN));
+        }
+    }
+}
+
 /* Serves a session for which something has happened. */
 static void serve_session(struct session *s, const struct events *e)
 {
@@ -1588,7 +1594,6 @@ static void serve_session(struct session *s, const struct events *e)
 
     if (s->phase == STORING && FD_ISSET(s->pipe, &e->readable)) {
         take_result(s);
-        converse(s, s->in.bytes, got_term ? 0 : s->in.size);
     } else if (s->phase == CLOSING && now >= s->deadline) {
         s->phase = GONE;
     } else if (s->phase < COMPLETE && now >= (can_read || can_write ? s->limit : s->deadline)) {

@@ -8,9 +8,9 @@
  * what of it is stored.  Then all at once, or in random pieces to a server whose
  * answers are taken in random pieces, too: which has to come to the same.
  *
- * The session is real from serve_session() on, and what the server does with its
- * workers from hear_worker() on.  The client, the draft's file and the channel of the
- * worker that stores are memory, and fork() only says that it did.
+ * The session is real from serve_session() and start_transactions() on.  The client,
+ * the draft's file and the reply pipe of the child that stores are memory, and fork()
+ * only says that it did.
  */
 #include "fuzz.h"
 #include "readback.h"
@@ -30,13 +30,13 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
-enum { CLIENT = 100, CHANNEL, WORKERS_END, DRAFT, DRAFT_LIMIT = 1 << 20, NOON = 1767268800 };  /* 2026-01-01T12:00:00Z */
+enum { CLIENT = 100, PIPE, CHILDS_END, DRAFT, DRAFT_LIMIT = 1 << 20, NOON = 1767268800 };  /* 2026-01-01T12:00:00Z */
 
 enum manner { LINES, WHOLE, PIECES };
 
 /* What goes wrong in a run, the same in both. */
 static struct {
-    unsigned worker_fails, store_fails, open_fails; /* for the message of this number */
+    unsigned child_fails, store_fails, open_fails;  /* for the message of this number */
     size_t disk;            /* octets that fit into a draft */
     bool proxied;           /* the client comes through a proxy */
     bool verbose;           /* with -v, in one of them */
@@ -58,8 +58,7 @@ static struct world {
     struct text draft;
     unsigned drafts;        /* that were begun */
     int64_t now;
-    bool client_open, channel_open, draft_open;
-    enum { IDLE, STORING_IT, FORWARDING_IT } worker;
+    bool client_open, pipe_open, draft_open;
 } world;
 
 UNGUIDED static void text_add(struct text *text, const void *bytes, size_t size)
@@ -84,35 +83,24 @@ static void text_drop(struct text *text)
 
 /* ==== The system ========================================================= */
 
-/* What the worker says: it has stored the message, it could not, or it has died; and
- * then, perhaps in one go, that it is done with it. */
+/* What the child says: it has stored the message, it could not, or it has died. */
 static ssize_t answer_read(char *bytes, size_t size)
 {
     static const char *const replies[] = { "250 2.0.0 Ok: queued as x\n", "452 4.3.1 Error: no\n", "" };
-    size_t length = 0;
+    const char *reply = replies[world.drafts == plan.store_fails ? 1 + world.drafts % 2 : 0];
 
-    assert(world.channel_open && size > 64);
-    if (world.worker == IDLE) {
-        errno = EAGAIN;
+    assert(world.pipe_open && size > 64);
+    if (world.manner == PIECES && chance(4) == 0) {
+        errno = EINTR;
         return -1;
     }
-    if (world.worker == STORING_IT) {
-        const char *reply = replies[world.drafts == plan.store_fails ? 1 + world.drafts % 2 : 0];
-
-        length = strlen(reply);
-        memcpy(bytes, reply, length);
-        world.worker = FORWARDING_IT;
-        if (length == 0 || world.manner != PIECES || chance(2) == 0)
-            return (ssize_t)length;
-    }
-    memcpy(bytes + length, "0\n", 2);
-    world.worker = IDLE;
-    return (ssize_t)length + 2;
+    memcpy(bytes, reply, strlen(reply));
+    return (ssize_t)strlen(reply);
 }
 
 UNGUIDED static ssize_t world_read(int fd, void *bytes, size_t size)
 {
-    if (fd == CHANNEL)
+    if (fd == PIPE)
         return answer_read(bytes, size);
     assert(fd == CLIENT && world.client_open && size > 0);
     if (world.manner == PIECES && chance(8) == 0) {
@@ -138,31 +126,12 @@ UNGUIDED static void check_log(const char *line, size_t size)
     assert(size > 1 && size <= 2048 && line[size - 1] == '\n' && is_printable(line, size - 1));
 }
 
-/* An order.  What the worker would take over is looked at. */
-static ssize_t order_write(const struct order *order, size_t size)
-{
-    char id[ID_SIZE];
-
-    snprintf(id, sizeof id, "%u", world.drafts);
-    assert(world.channel_open && world.draft_open && world.worker == IDLE);
-    assert(size == sizeof *order && order->task != FORWARD && strcmp(order->id, id) == 0);
-    if (world.drafts == plan.worker_fails) {
-        errno = EPIPE;
-        return -1;
-    }
-    text_add(&world.stored, world.draft.bytes, world.draft.size);
-    world.worker = STORING_IT;
-    return (ssize_t)size;
-}
-
 UNGUIDED static ssize_t world_write(int fd, const void *bytes, size_t size)
 {
     if (fd == STDERR_FILENO) {
         check_log(bytes, size);
         return (ssize_t)size;
     }
-    if (fd == CHANNEL)
-        return order_write(bytes, size);
     assert(fd == CLIENT && world.client_open && size > 0);
     if (world.manner == PIECES && chance(4) == 0) {
         errno = chance(2) > 0 ? EAGAIN : EINTR;
@@ -176,21 +145,25 @@ UNGUIDED static ssize_t world_write(int fd, const void *bytes, size_t size)
 
 static int world_close(int fd)
 {
-    bool *open = fd == CLIENT ? &world.client_open : fd == CHANNEL ? &world.channel_open : NULL;
+    bool *open = fd == CLIENT ? &world.client_open : fd == PIPE ? &world.pipe_open : NULL;
 
-    if (fd == WORKERS_END)
+    if (fd == CHILDS_END)
         return 0;
     assert(open != NULL && *open);
     *open = false;
     return 0;
 }
 
-static int world_socketpair(int domain, int type, int protocol, int ends[2])
+static int world_pipe(int ends[2])
 {
-    assert(domain == AF_UNIX && type == SOCK_STREAM && protocol == 0 && !world.channel_open);
-    world.channel_open = true;
-    ends[0] = CHANNEL;
-    ends[1] = WORKERS_END;
+    assert(!world.pipe_open);
+    if (world.drafts == plan.child_fails && world.drafts % 2 == 0) {
+        errno = EMFILE;
+        return -1;
+    }
+    world.pipe_open = true;
+    ends[0] = PIPE;
+    ends[1] = CHILDS_END;
     return 0;
 }
 
@@ -198,11 +171,11 @@ static int world_socketpair(int domain, int type, int protocol, int ends[2])
 static pid_t world_fork(void)
 {
     assert(world.draft_open);
-    if (world.drafts == plan.worker_fails) {
+    if (world.drafts == plan.child_fails) {
         errno = EAGAIN;
         return -1;
     }
-    world.worker = IDLE;
+    text_add(&world.stored, world.draft.bytes, world.draft.size);
     return 1;
 }
 
@@ -214,7 +187,7 @@ static int world_shutdown(int fd, int how)
 
 static int world_fcntl(int fd, int command, int value)
 {
-    assert((fd == CLIENT || fd == CHANNEL) && command == F_SETFL && value == O_NONBLOCK);
+    assert(fd == CLIENT && command == F_SETFL && value == O_NONBLOCK);
     return 0;
 }
 
@@ -269,7 +242,7 @@ static void world_draft_forget(struct draft *d)
 #define read(fd, bytes, size) world_read(fd, bytes, size)
 #define write(fd, bytes, size) world_write(fd, bytes, size)
 #define close(fd) world_close(fd)
-#define socketpair(domain, type, protocol, ends) world_socketpair(domain, type, protocol, ends)
+#define pipe(ends) world_pipe(ends)
 #define fork() world_fork()
 #define shutdown(fd, how) world_shutdown(fd, how)
 #define fcntl(fd, command, value) world_fcntl(fd, command, value)
@@ -345,12 +318,12 @@ UNGUIDED static struct text message_stored(const char *text, size_t size, bool l
 static void check_session(const struct session *s)
 {
     assert(s->in.size <= INPUT_SIZE && s->out.size <= OUTPUT_LIMIT + 2048);
-    if (s->out.size == 0 && s->phase < STORING)     /* no more than what is not whole waits */
+    if (s->out.size == 0 && s->phase < COMPLETE)     /* no more than what is not whole waits */
         assert(s->in.size <= (s->phase == PROXIED ? 16 + PROXY_LIMIT : COMMAND_LIMIT));
     if (s->phase < CLOSING && !s->stranger)                         /* whoever a proxy speaks for, no stranger gets in */
         assert(in_network(&s->peer, &loopback));
     assert((s->tx != NULL) == (s->phase >= MAILED && s->phase <= STORING) || s->phase == GONE);
-    assert(s->phase != STORING || (s->channel == CHANNEL && world.channel_open));
+    assert((s->phase == STORING) == world.pipe_open && (s->pipe == PIPE) == world.pipe_open);
     assert(s->helo != NULL || s->phase <= CONNECTED || s->phase >= CLOSING);
     assert(s->helo == NULL || is_printable(s->helo, strlen(s->helo)));
 }
@@ -397,11 +370,11 @@ static void check_end(const struct session *s, size_t begin)
 {
     struct text expected = message_stored(world.stream + begin, world.heard - begin, s->lf);
 
-    if (s->phase == STORING) {
-        assert(expected.size > 0 && world.drafts != plan.worker_fails);
+    if (s->phase == COMPLETE) {
+        assert(expected.size > 0);
         check_draft(s, &expected);
     } else {
-        assert(expected.size == 0 || plan.disk < DRAFT_LIMIT || world.drafts == plan.worker_fails);
+        assert(expected.size == 0 || plan.disk < DRAFT_LIMIT);
     }
     text_drop(&expected);
 }
@@ -429,42 +402,23 @@ static void check_proxied(const struct session *s, bool answered)
     assert(!answered || (end > 0 && end <= world.heard) || (plan.silent && world.heard == world.size));
 }
 
-/* The worker that has a channel, if there is one. */
-static size_t find_channel(void)
-{
-    size_t i = 0;
-
-    while (i < child_count && children[i].channel < 0)
-        i++;
-    assert((i < child_count) == world.channel_open);
-    return i;
-}
-
-/* One step of the server: it does what it has waited for. */
+/* One step of the server: it forks, and does what it has waited for. */
 static void step(struct session *s)
 {
-    bool storing = s->phase == STORING;
-    fd_set readable, writable;
-    int64_t until = INT64_MAX, ignored = INT64_MAX;
-    size_t worker = find_channel();
-    int top = -1;
+    struct events e = { .top = -1, .until = INT64_MAX };
+    bool storing;
 
-    FD_ZERO(&readable);
-    FD_ZERO(&writable);
-    fill_session(s, &readable, &writable, &top, &until);
-    assert(storing || (top == CLIENT && until > world.now));
-    if (worker < child_count)
-        fill_child(&children[worker], &readable, &top, &ignored);
-    assert(top == (world.channel_open ? CHANNEL : CLIENT));
-    if (plan.silent && world.heard == world.size && !storing && FD_ISSET(CLIENT, &readable)) {
-        world.now = until;
-        FD_CLR(CLIENT, &readable);
+    start_transactions();
+    storing = s->phase == STORING;
+    FD_ZERO(&e.readable);
+    FD_ZERO(&e.writable);
+    fill_session(&e, s);
+    assert(e.top == (storing ? PIPE : CLIENT) && (e.until > world.now) && storing == (e.until == INT64_MAX));
+    if (plan.silent && world.heard == world.size && !storing && FD_ISSET(CLIENT, &e.readable)) {
+        world.now = e.until;
+        FD_CLR(CLIENT, &e.readable);
     }
-    if (!storing)
-        serve_session(s, &readable, &writable);
-    if (worker < child_count && children[worker].channel >= 0
-        && (storing || (s->phase != STORING && (world.manner != PIECES || chance(2) > 0))))
-        hear_worker(worker);
+    serve_session(s, &e);
     check_session(s);
 }
 
@@ -508,12 +462,8 @@ static struct session *begin_run(const char *stream, size_t size, enum manner ma
 /* All is over: nothing is left open. */
 static void end_run(void)
 {
-    size_t worker = find_channel();
-
     reap_sessions();
-    if (worker < child_count)
-        let_go(&children[worker]);
-    assert(session_count == 0 && !world.client_open && !world.channel_open && !world.draft_open);
+    assert(session_count == 0 && !world.client_open && !world.pipe_open && !world.draft_open);
     text_drop(&world.draft);
     check_replies(&world.told);
 }
@@ -543,7 +493,7 @@ static void run_lines(struct session *s)
         if (before == DATA && world.heard > heard && world.heard - begin < end) {
             assert(!answered && s->phase == DATA);
         } else if (before == DATA && world.heard > heard) {
-            assert(world.heard - begin == end && s->phase != DATA && answered == (s->phase != STORING));
+            assert(world.heard - begin == end && s->phase != DATA && answered == (s->phase != COMPLETE));
             check_end(s, begin);
         }
         if (before == CLOSING)
@@ -592,7 +542,7 @@ static void make_plan(const uint8_t *data, size_t size)
 {
     /* Hardly anything but a proxy's header begins with two empty lines. */
     plan.proxied = size >= 4 && memcmp(data, "\r\n\r\n", 4) == 0 ? chance(8) > 0 : chance(32) == 0;
-    plan.worker_fails = chance(8) == 0 ? 1 + (unsigned)chance(3) : 0;
+    plan.child_fails = chance(8) == 0 ? 1 + (unsigned)chance(3) : 0;
     plan.store_fails = chance(8) == 0 ? 1 + (unsigned)chance(3) : 0;
     plan.open_fails = chance(8) == 0 ? 1 + (unsigned)chance(3) : 0;
     plan.disk = chance(8) == 0 ? chance(1000) : DRAFT_LIMIT;
