@@ -46,7 +46,7 @@
  *
  * Contents.  Each chapter calls only those above it.  To follow a message, begin with
  * draft_store() and draft_forward(), in "Forwarders", and go up from there; then read
- * run_queue(), in "The queue".
+ * run_queue(), in "The queue manager".
  *
  *   Names and times    ids, dates, due times, and memory
  *   The spool          drafts, and how they become durable
@@ -59,7 +59,7 @@
  *   Delivery           one message to one domain
  *   Reports            RFC 3464
  *   Forwarders         one message to all its domains
- *   The queue          the runner
+ *   The queue manager  batches of messages that are due
  *   The list           smtp -l
  */
 #include "smtp.h"
@@ -804,7 +804,7 @@ static uint32_t lane_of_message(const struct message *m)
 
 /* ==== Outcomes =========================================================== */
 
-/* Sets the file's modification time to m->due.  Every write undoes that. */
+/* Sets the file's modification time to m->due.  Every write to the file undoes it. */
 static void set_due(const struct message *m)
 {
     struct timespec times[2];
@@ -849,7 +849,7 @@ static void settle(struct recipient *r, enum outcome outcome, const char *relay,
     r->unrecorded = true;
 }
 
-/* Settles all of these who have no final outcome yet. */
+/* Settles those recipients that have no final outcome yet. */
 static void settle_all(struct recipient **to, size_t count, enum outcome outcome, const char *relay, const char *words)
 {
     for (size_t i = 0; i < count; i++)
@@ -2736,8 +2736,8 @@ static void expire(const struct message *m, struct recipient **to, size_t count)
 
 /* ==== Reports ============================================================ */
 
-/* The status of RFC 3463 2 in an exchanger's words, or the general one: class,
- * subject and detail, of which the last two have up to three digits. */
+/* Finds the status code of RFC 3463 2 in an exchanger's words: class, subject and
+ * detail, of which the last two have up to three digits.  Without one it is 5.0.0. */
 static void find_status(const char *words, char status[16])
 {
     static const char digits[] = "0123456789";
@@ -2756,7 +2756,7 @@ static void find_status(const char *words, char status[16])
         snprintf(status, 16, "%.*s", (int)(3 + subject + detail), words);
 }
 
-/* The failed recipients for a program to read: RFC 3464 2. */
+/* Writes the part of a report that programs read (RFC 3464 2). */
 static void write_delivery_status(FILE *out, const struct message *m)
 {
     char date[DATE_SIZE], status[16];
@@ -2784,7 +2784,8 @@ static void write_delivery_status(FILE *out, const struct message *m)
     }
 }
 
-/* The original's header, bounded, and harmless to who reads it. */
+/* Writes the header of the message that failed: no more than HEADER_LIMIT octets, in
+ * short lines of printable ASCII (RFC 5321 4.5.3.1.6). */
 static void write_header(FILE *out, const struct message *m)
 {
     struct reader r = { .fd = m->fd, .at = m->body };
@@ -2802,8 +2803,8 @@ static void write_header(FILE *out, const struct message *m)
     }
 }
 
-/* The report on all that failed in this try (RFC 3464, RFC 6522), as a message
- * from nobody (RFC 5321 4.5.5), so that there can be no report on it. */
+/* Writes the report on all new failures (RFC 3464, RFC 6522) as a file of the queue.
+ * Its reverse-path is null, so that no report can be made on it (RFC 5321 4.5.5). */
 static void write_report(FILE *out, const struct message *m, const char *id)
 {
     char date[DATE_SIZE];
@@ -2833,8 +2834,9 @@ static void write_report(FILE *out, const struct message *m, const char *id)
     put(out, "\r\n--=_%s--\r\n.\r\n", id);
 }
 
-/* Makes the report durable.  False: it could not be stored, so that no failure
- * may be recorded.  report->fd stays -1 where there is nobody to tell. */
+/* Stores a report on the new failures.  Returns false if that failed; then no failure may
+ * be recorded.  Mail with a null reverse-path gets no report (RFC 5321 6.1):
+ * report->fd stays -1. */
 static bool report_failures(const struct message *m, struct draft *report)
 {
     char *text = NULL;

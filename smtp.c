@@ -1266,7 +1266,8 @@ static void refuse(struct transaction *tx, const char *why)
     }
 }
 
-static void keep(struct transaction *tx, const char *bytes, size_t size)
+/* Appends to the draft of a message that is not refused, and refuses it if that fails. */
+static void append(struct transaction *tx, const char *bytes, size_t size)
 {
     if (tx->refusal != NULL || size == 0)
         return;
@@ -1358,7 +1359,7 @@ static void end_message(struct session *s)
 {
     struct transaction *tx = s->tx;
 
-    keep(tx, ".\r\n", 3);
+    append(tx, ".\r\n", 3);
     if (tx->refusal != NULL) {
         reply(s, "%s", tx->refusal);
         reset(s);
@@ -1385,23 +1386,23 @@ static size_t take_message(struct session *s, const char *bytes, size_t size)
         if (line.used == 0 && line.length < (first ? LINE_HEAD : 1))
             break;                      /* too little to tell what it will be */
         if (first && line.used > 0 && line.length == 1 && text[0] == '.') {
-            keep(tx, bytes + kept, used - kept);
+            append(tx, bytes + kept, used - kept);
             end_message(s);
             return used + line.used;
         }
         inspect(tx, text, &line);
         if (first && text[0] == '.' && line.length > 1 && text[1] != '.') {
-            keep(tx, bytes + kept, used - kept);    /* a dot that hides nothing is not sent on */
+            append(tx, bytes + kept, used - kept);    /* a dot that hides nothing is not sent on */
             kept = used + 1;
         }
         if (s->lf && line.used > 0) {
-            keep(tx, bytes + kept, used + line.length - kept);
-            keep(tx, "\r\n", 2);
+            append(tx, bytes + kept, used + line.length - kept);
+            append(tx, "\r\n", 2);
             kept = used + line.used;
         }
         used += line.used > 0 ? line.used : line.length;
     }
-    keep(tx, bytes + kept, used - kept);
+    append(tx, bytes + kept, used - kept);
     if (tx->refusal == NULL)
         s->limit += (int64_t)used;      /* a second for every 1,000 octets */
     return used;
