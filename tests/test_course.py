@@ -16,6 +16,7 @@ import pytest
 import course
 import lab
 import programs
+import wire
 from lab import exchangers, wait_for
 
 sys.path.insert(0, str(lab.ROOT / "tests" / "exercises"))
@@ -610,6 +611,12 @@ def test_the_commands_of_a_chapter_show_what_it_says(path, played, graded):     
     difference = played[path].result()
     if difference is not None:
         pytest.fail("$ {}\n---- has to show:\n{}---- and shows:\n{}".format(*difference), pytrace=False)
+
+
+@pytest.mark.parametrize("path", wire.PAGES, ids=lambda path: path.stem)
+def test_a_page_shows_what_goes_over_the_wire(path):
+    """If not: python3 tests/wire.py makes both anew."""
+    assert wire.settled(path.read_text()) == wire.settled(wire.PAGES[path]())
 
 
 # ---- The exercises ----------------------------------------------------------------------
