@@ -778,7 +778,7 @@ def test_words_of_all_exchangers_are_recorded_and_listed(dns, exchangers, relay)
     wait_for(lambda: f"  {len(re.findall(record, outcomes_in(path)))} tries  " in listing(server))
     second.set(replies={"RCPT": "550 5.1.1 nobody"})       # a failure is one exchanger's, and so are its words
     hangup_until_empty(server)
-    assert server.outcomes("b@example.net")[-1].words == "550 5.1.1 nobody"
+    wait_for(lambda: server.outcomes("b@example.net")[-1].words == "550 5.1.1 nobody")
 
 
 def test_listing_without_a_queue(tmp_path):
