@@ -999,50 +999,54 @@ static void write_sent(struct message *m)
 
 /* ==== Exchangers ========================================================= */
 
-/* How far an exchanger's address has come in this try. */
+/* How far one address of an exchanger has come in this try, and what is true then. */
 enum progress {
-    UNTRIED,        /* no connection */
-    CONNECTING,     /* connect() is under way */
-    AWAITING,       /* connected; its greeting is awaited */
-    GREETED,        /* it has said 220 */
-    SPENT           /* tried in vain, or used */
+    UNTRIED,        /* there is no connection: fd is -1 */
+    CONNECTING,     /* connect() is under way on fd */
+    AWAITING,       /* connected; the greeting has not come */
+    GREETED,        /* it has said 220 (with -S, it is connected); nothing was said to it yet */
+    READY,          /* EHLO is answered, and TLS and AUTH, where needed, are done: it can be given messages */
+    SPENT           /* there is no connection any more, and none is to be made in this try: fd is -1 */
 };
 
-/* What an address has against us in this try, where that matters to more than the
- * message in hand. */
+/* Why an address is SPENT, as far as that matters to other messages and addresses. */
 enum refusal {
-    NO_REFUSAL,
+    NO_REFUSAL,     /* it was used, or there is another reason, which x->words say */
     NO_NETWORK,     /* connect() failed at once: this machine has no network for the address */
     NO_LISTENER,    /* the host refused the connection */
     BUSY,           /* it takes no further connection just now: 421, or a 4xx greeting */
     NO_MAIL         /* it greeted with a 5xx: it takes no mail (RFC 5321 3.1) */
 };
 
+/* One address of an exchanger, and the connection to it. */
 struct exchange {
     char name[DNS_NAME_SIZE];
-    unsigned preference;
+    unsigned preference;                /* of its MX record */
     union address address;
     char label[LABEL_SIZE];             /* name[address], or name[address]/tls, for log and record */
+
     enum progress progress;
-    enum refusal refusal;               /* why it is SPENT, in this try */
+    enum refusal refusal;
     int fd;
-    int64_t deadline;                   /* of the step it is in */
-    int64_t begun, connected, greeted;  /* microseconds; 0: not yet */
-    bool pipelining, eight_bit, sized;  /* what EHLO offered */
+    struct tunnel *tunnel;              /* with TLS: `fd` leads to openssl, which talks to the exchanger; else NULL */
+    bool bare;                          /* TLS with it broke in this try: it is done without */
+    int64_t deadline;                   /* by clock_ms(): of the step it is in; or, kept for a next message, of that */
+    int64_t begun, connected, greeted;  /* by clock_us(): when connect() began and ended, and 220 came; 0: not yet */
+
+    bool pipelining, eight_bit, sized;  /* what EHLO offers */
     bool starttls, auth_plain, auth_login;
     unsigned long long max_size;        /* SIZE's number, 0 for any */
-    bool ready;                         /* it has been greeted in turn, and may be given messages ... */
-    unsigned messages;                  /* ... of which it has had so many */
+
+    unsigned messages;                  /* how many it was given on this connection */
     bool accepting;                     /* it has accepted a recipient of the last of these */
-    struct tunnel *tunnel;              /* TLS: `fd` leads to openssl, which talks to the exchanger; or NULL */
-    bool bare;                          /* TLS with it broke in this try: it is done without */
-    const char *id;                     /* the message's, for the log */
-    int code;                           /* of the last reply */
-    unsigned lines;                     /* of the reply that is being read */
-    bool in_ehlo;                       /* ... which lists extensions */
-    bool closing;                       /* the last reply was 421: it hangs up (RFC 5321 3.8) */
+    const char *id;                     /* that message's, for the log */
+
+    int code;                           /* of the last reply; 0: none came, the connection is of no more use */
     char words[REPLY_SIZE];             /* the last reply as one line, or what went wrong instead */
-    char in[2048];                      /* received, not yet read */
+    bool closing;                       /* the last reply was 421: it hangs up (RFC 5321 3.8) */
+    unsigned lines;                     /* how many lines of the next reply are read; 0 between replies */
+    bool in_ehlo;                       /* the next reply lists extensions */
+    char in[2048];                      /* `size` octets that were received and not read yet */
     size_t size;
 };
 
@@ -1613,7 +1617,7 @@ static struct tunnel *open_tunnel(struct exchange *x)
 
 /* ==== The dialogue ======================================================= */
 
-/* The client's time-outs, in seconds: RFC 5321 4.5.3.2. */
+/* The steps of a dialogue.  The exchanger has a time for each, in seconds: RFC 5321 4.5.3.2. */
 enum step { CONNECT, GREETING, HELLO, STARTTLS, AUTH, RESET, ENVELOPE, DATA_COMMAND, MESSAGE, FINAL_DOT, QUIT };
 
 static const struct {
@@ -1647,14 +1651,15 @@ static int64_t step_deadline(enum step step)
     return end < try_end ? end : try_end;
 }
 
+/* Logs a line of the dialogue, with -v; `who` says it, C or S. */
 static void log_exchange(const struct exchange *x, const char *who, const char *text, size_t size)
 {
     if (settings.verbose)
         logmsg("%s %s %s: %.*s", x->id, x->label, who, (int)size, text);
 }
 
-/* The connection is of no more use; `what` happened.  Who has said before why it
- * would hang up is quoted instead. */
+/* Notes that the connection is of no more use, because `what` happened.  If the
+ * exchanger has said before why it will hang up (421), its words stay. */
 static void lose(struct exchange *x, const char *what, enum step step)
 {
     if (!x->closing)
@@ -1705,11 +1710,12 @@ static enum reading take_reply_line(struct exchange *x, const char *text, size_t
     size_t used;
     int code;
 
-    for (size_t i = 0; i < length; i++)         /* made harmless before anybody sees it */
+    for (size_t i = 0; i < length; i++)         /* made harmless: the words go into log, queue and report */
         line[i] = text[i] >= ' ' && text[i] <= '~' ? text[i] : '?';
     line[length] = '\0';
     log_exchange(x, "S", line, length);
-    if (strspn(line, "0123456789") != 3 || line[0] < '2' || line[0] > '5' || (length > 3 && line[3] != ' ' && line[3] != '-'))
+    if (strspn(line, "0123456789") != 3 || line[0] < '2' || line[0] > '5'
+        || (length > 3 && line[3] != ' ' && line[3] != '-'))
         return MALFORMED;
     code = atoi(line);
     if (x->lines == 0 || code != x->code)
@@ -1719,7 +1725,7 @@ static enum reading take_reply_line(struct exchange *x, const char *text, size_t
     x->code = code;
     x->closing = code == 421;
     used = strlen(x->words);
-    if (length > 4)             /* what does not fit is cut off */
+    if (length > 4)             /* words that do not fit are cut off */
         snprintf(x->words + used, sizeof x->words - used, " %.*s", (int)sizeof x->words, line + 4);
     x->lines++;
     if (length > 3 && line[3] == '-')
@@ -1728,8 +1734,8 @@ static enum reading take_reply_line(struct exchange *x, const char *text, size_t
     return COMPLETE;
 }
 
-/* Takes a reply out of what was received.  Lines that end in a bare LF are
- * taken, too: they are read here and go nowhere. */
+/* Reads a reply from the octets received.  PARTIAL: its end has not come yet.  A line
+ * may end in a bare LF here, since it is not sent on. */
 static enum reading take_reply(struct exchange *x)
 {
     enum reading reading = PARTIAL;
@@ -1746,7 +1752,7 @@ static enum reading take_reply(struct exchange *x)
     return reading;
 }
 
-/* Reads once.  False: the connection is at its end. */
+/* Calls read() once.  False: the connection is at its end, or broken. */
 static bool fill_input(struct exchange *x)
 {
     ssize_t n = read(x->fd, x->in + x->size, sizeof x->in - x->size);
@@ -1756,8 +1762,7 @@ static bool fill_input(struct exchange *x)
     return n > 0 || (n < 0 && (errno == EAGAIN || errno == EINTR));
 }
 
-/* Waits for a whole reply.  Returns its code, or 0 and x->words says what came
- * instead. */
+/* Waits for a whole reply.  Returns its code, or 0 after lose(). */
 static int read_reply(struct exchange *x, enum step step)
 {
     int64_t deadline = step_deadline(step);
@@ -1780,9 +1785,10 @@ static int read_reply(struct exchange *x, enum step step)
     }
 }
 
-/* Sends all of it, each wait for the exchanger bounded by the step's time.  Who
- * has replied to what was not said yet does not speak SMTP, and may lie about
- * having taken a message. */
+/* Sends all of it; the exchanger has the step's time for each part that it takes.
+ * False: the exchanger has refused (x->code, 400 or more), or the connection is of no
+ * more use.  A yes that comes before the command is no reply to it: the exchanger may
+ * not have the message that it seems to have taken. */
 static bool send_bytes(struct exchange *x, const char *bytes, size_t size, enum step step)
 {
     if (x->size > 0) {
@@ -1799,7 +1805,7 @@ static bool send_bytes(struct exchange *x, const char *bytes, size_t size, enum 
             bytes += n;
             size -= (size_t)n;
         } else if (errno != EINTR && !(full && wait_exchange(x, true, step_deadline(step)))) {
-            /* It takes no more, but may have said why before. */
+            /* The exchanger takes no more, but may have said why. */
             if (read_reply(x, QUIT) < 400)
                 lose(x, full ? "nothing taken in time" : "connection lost", step);
             return false;
@@ -1830,8 +1836,8 @@ static bool is_curable(const struct exchange *x, int code)
     return x->bare || (settings.smarthost != NULL && (code == 530 || code == 534 || code == 535 || code == 538));
 }
 
-/* What a reply to a command of ours means (RFC 5321 4.2.1).  Whatever is
- * neither yes nor no for good may be tried again. */
+/* What a reply to a command means for the message (RFC 5321 4.2.1).  LATER: it is
+ * neither a yes nor a final no. */
 static enum outcome judge(const struct exchange *x, int code)
 {
     return code >= 200 && code < 300 ? SENT : code >= 500 && code < 600 && !is_curable(x, code) ? FAILED : LATER;
@@ -2002,12 +2008,12 @@ static enum outcome introduce(struct exchange *x)
     return hello == SENT && settings.user[0] != '\0' ? authenticate(x) : hello;
 }
 
-/* What is read of a message on its way out. */
+/* The part of a message that is on its way out, behind one octet for survey(). */
 static char block[1 + BLOCK];
 
-/* Goes once through the message for what MAIL has to say of it: whether octets
- * beyond ASCII are in it, whatever its sender declared, and its size as RFC 1870
- * counts it, without the doubled dots. */
+/* Reads the message once to learn what MAIL has to say of it: whether it has octets
+ * beyond ASCII, whatever its sender declared, and its size as RFC 1870 counts it, the
+ * doubled dots as one. */
 static void survey(struct message *m)
 {
     char bits = 0;
@@ -2020,7 +2026,7 @@ static void survey(struct message *m)
 
         n = pread(m->fd, block + 1, m->end - at < BLOCK ? (size_t)(m->end - at) : BLOCK, at);
         if (n <= 0)
-            return;         /* send_message() will say so */
+            return;         /* send_message() reports the error */
         for (ssize_t i = 1; i <= n; i++)
             bits |= block[i];
         while ((dot = memchr(dot + 1, '.', (size_t)(block + n - dot))) != NULL)
@@ -2030,7 +2036,7 @@ static void survey(struct message *m)
     m->eight_bit = (bits & 0x80) != 0;
 }
 
-/* Sends the message and its final dot, as they stand in the file. */
+/* Sends the message and its final dot, as they are in the file.  False: see x->words. */
 static bool send_message(struct exchange *x, const struct message *m)
 {
     off_t at = m->body, behind = m->end + 3;
@@ -2042,7 +2048,7 @@ static bool send_message(struct exchange *x, const struct message *m)
         size_t size = behind - at < BLOCK ? (size_t)(behind - at) : BLOCK;
         ssize_t n = pread(m->fd, block, size, at);
 
-        if (n <= 0) {       /* cannot go on, and must not pretend to be at the end */
+        if (n <= 0) {       /* without the final dot the exchanger does not take what it has */
             snprintf(x->words, sizeof x->words, "4.3.0 the spool cannot be read: %s", strerror(errno));
             return false;
         }
@@ -2053,9 +2059,9 @@ static bool send_message(struct exchange *x, const struct message *m)
     return true;
 }
 
-/* Signals that would end this process politely wait while the exchanger may
- * have the message, or the sender's report is stored, and the record does not say
- * so. */
+/* Holds back SIGTERM and SIGINT, or lets them through again.  They have to wait while
+ * the exchanger may have the message, or the report to the sender is stored, and the
+ * record of it is not written. */
 static void hold_signals(bool hold)
 {
     sigset_t set;
@@ -2076,8 +2082,8 @@ struct group {
 struct transaction {
     struct group to;
     struct group accepted;      /* RCPT was answered with 2xx */
-    struct group surplus;       /* RCPT was answered with 451, 452 or 552: too much for one transaction, it may be */
-    bool full;                  /* a 452 or 552 was among these: there is a limit of recipients */
+    struct group surplus;       /* RCPT was answered with 451, 452 or 552: another transaction may have room */
+    bool full;                  /* a 452 or 552 was among these: the exchanger has a limit of recipients */
     bool content_awaited;       /* DATA was answered with 354 */
 };
 
@@ -2086,7 +2092,8 @@ static void add_to_group(struct group *g, struct recipient *r)
     g->list[g->count++] = r;
 }
 
-/* Sets the outcome of all in the group that have no final one, with the exchanger's last words. */
+/* Sets the outcome of all in the group that have no final one yet, with the words of the
+ * last reply. */
 static void settle_group(const struct exchange *x, struct group *g, enum outcome outcome)
 {
     settle_all(g->list, g->count, outcome, x->label, x->words);
@@ -2159,9 +2166,9 @@ static void take_recipient_reply(struct exchange *x, struct transaction *t, stru
         add_to_group(&t->surplus, r);
 }
 
-/* Says MAIL, the RCPTs and DATA: one by one, or all sent ahead (RFC 2920), and then
- * each has a reply whatever the one before it was.  False: the connection is of no
- * more use. */
+/* Says MAIL, the RCPTs and DATA: each after the reply to the one before, for as long as
+ * that makes sense; or with PIPELINING (RFC 2920) all at once, and then each has its
+ * reply.  False: the connection is of no more use. */
 static bool say_envelope(struct exchange *x, const char *commands, struct transaction *t)
 {
     bool ahead = x->pipelining, mail_ok;
@@ -2182,7 +2189,7 @@ static bool say_envelope(struct exchange *x, const char *commands, struct transa
     if (next_reply(x, &commands, DATA_COMMAND) == 0)
         return false;
     t->content_awaited = x->code == 354;
-    if (t->content_awaited && !mail_ok) {       /* it does not mean what it says */
+    if (t->content_awaited && !mail_ok) {       /* what is it that the exchanger would take? */
         lose(x, "a yes after a no", DATA_COMMAND);
         return false;
     }
@@ -2191,8 +2198,8 @@ static bool say_envelope(struct exchange *x, const char *commands, struct transa
     return true;
 }
 
-/* Leads one transaction to its end; outcomes are recorded where the exchanger has
- * taken the message.  False: the connection is of no more use. */
+/* Leads one transaction to its end.  If the exchanger has taken the message, that is
+ * recorded when this returns.  False: the connection is of no more use. */
 static bool transact(struct exchange *x, struct message *m, struct transaction *t)
 {
     char *commands = compose_envelope(x, m, &t->to);
@@ -2200,14 +2207,14 @@ static bool transact(struct exchange *x, struct message *m, struct transaction *
 
     free(commands);
     if (!alive) {
-        settle_group(x, &t->to, LATER);     /* no answer counts that came before but a final one */
+        settle_group(x, &t->to, LATER);     /* of the replies before, only a final no counts */
         return false;
     }
     if (!t->content_awaited)
         return true;
     if (t->accepted.count > 0)
         return transfer_message(x, m, t);
-    return say(x, FINAL_DOT, ".\r\n") != 0;     /* an empty message ends what nobody wants: RFC 2920 3.1 */
+    return say(x, FINAL_DOT, ".\r\n") != 0;     /* no recipients: an empty message ends it (RFC 2920 3.1) */
 }
 
 /* A transaction gets somewhere when the message is owed to fewer recipients than
@@ -2222,8 +2229,8 @@ static bool got_somewhere(const struct transaction *t)
 struct remaining {
     struct recipient **list;
     size_t count;
-    size_t fresh;               /* so many at the front were not asked for yet; the others were surplus before */
-    size_t limit;               /* how many to ask for in one transaction */
+    size_t fresh;               /* the first so many were not asked for yet; the others were surplus before */
+    size_t limit;               /* how many to ask for in one transaction: what the exchanger took of too many */
 };
 
 /* Moves recipients from the front into a transaction. */
@@ -2268,7 +2275,7 @@ static bool transact_all(struct exchange *x, struct message *m, struct recipient
 
         begin_transaction(&left, &t);
         alive = (!open || say(x, ENVELOPE, "RSET\r\n") != 0) && transact(x, m, &t);
-        open = !t.content_awaited;      /* else the final dot has ended it */
+        open = !t.content_awaited;      /* a transaction ends with the final dot; without one, by RSET */
         end_transaction(&left, &t);
     }
     free(left.list);
@@ -2285,7 +2292,8 @@ static int64_t clock_us(void)
     return (int64_t)now.tv_sec * 1000000 + now.tv_nsec / 1000;
 }
 
-/* This address is of no use in this try; x->words says why. */
+/* Closes the connection: the address is not tried again in this try.  x->words say
+ * why, for log and record. */
 static void spend(struct exchange *x)
 {
     if (x->tunnel != NULL)
@@ -2330,12 +2338,12 @@ static int begin_connecting(struct exchange *x)
     return error;
 }
 
+/* Enters the race: CONNECTING, or SPENT if that fails at once. */
 static void start_connecting(struct exchange *x)
 {
     int error;
 
     x->connected = x->greeted = 0;
-    x->ready = false;
     x->refusal = NO_REFUSAL;
     x->messages = 0;
     x->size = x->lines = 0;
@@ -2351,7 +2359,8 @@ static void start_connecting(struct exchange *x)
     }
 }
 
-/* The socket can be written: connect() is finished, and SO_ERROR says how. */
+/* Ends connect(), non-blocking as it was: when the socket becomes writable connect() is
+ * done, and SO_ERROR tells whether it failed. */
 static void finish_connecting(struct exchange *x)
 {
     int error = 0;
@@ -2367,13 +2376,13 @@ static void finish_connecting(struct exchange *x)
     x->connected = clock_us();
     x->deadline = step_deadline(GREETING);
     x->progress = AWAITING;
-    if (settings.tls_first) {       /* the greeting comes by TLS, to the winner alone */
+    if (settings.tls_first) {       /* the greeting comes by TLS, which only the winner is asked for */
         x->greeted = x->connected;
         x->progress = GREETED;
     }
 }
 
-/* Reads what there is of the greeting. */
+/* Reads what has come of the greeting: GREETED with the whole of a 220, or SPENT. */
 static void take_greeting(struct exchange *x)
 {
     bool open = fill_input(x);
@@ -2395,7 +2404,8 @@ static void take_greeting(struct exchange *x)
     spend(x);
 }
 
-/* Waits until something happens to one of those on the way.  False: nobody is. */
+/* Waits until an address that is CONNECTING or AWAITING moves on, or its time is over.
+ * False: there is none. */
 static bool watch(struct route *route)
 {
     int64_t first = INT64_MAX;
@@ -2427,8 +2437,9 @@ static bool watch(struct route *route)
     return true;
 }
 
-/* Logs what was measured since `start`: milliseconds from connect() to the
- * handshake and to the greeting, "-" for what had not come when the race was won. */
+/* Logs what this race, which began at `start`, has measured: milliseconds from connect()
+ * to the handshake and to the greeting, "-" for a greeting that had not come when
+ * another address won. */
 static void log_race(const struct route *route, int64_t start)
 {
     char *text = NULL;
@@ -2454,27 +2465,29 @@ static void log_race(const struct route *route, int64_t start)
     free(text);
 }
 
-/* Ends a connection that lost the race.  QUIT is said to whom has greeted by
- * now; to talk before the greeting is what only spammers do. */
+/* Ends a connection that lost the race, or that is not kept any more.  An exchanger that
+ * has greeted hears QUIT; before the greeting a client says nothing (RFC 5321 4.3.1).
+ * The address may still be needed in this try. */
 static void let_go(struct exchange *x)
 {
     static const char quit[] = "QUIT\r\n";
+    bool greeted;
 
     if (x->progress == AWAITING)
         take_greeting(x);
-    if (x->tunnel != NULL)      /* what is only written might not get through it */
+    greeted = x->progress == READY || (x->progress == GREETED && !settings.tls_first);
+    if (x->tunnel != NULL)      /* openssl has to be given the time to send it */
         say(x, QUIT, quit);
-    else if (x->progress == GREETED && !settings.tls_first && write(x->fd, quit, sizeof quit - 1) < 0)
+    else if (greeted && write(x->fd, quit, sizeof quit - 1) < 0)
         lose(x, "connection lost", QUIT);
     if (x->progress != SPENT) {
         spend(x);
-        x->progress = UNTRIED;      /* it may still be needed */
+        x->progress = UNTRIED;
     }
 }
 
-/* Connects to all untried addresses of one preference at once.  The first to
- * greet is the nearest: it is returned, and the others are let go.  NULL: there
- * is none. */
+/* Connects to all untried addresses of one preference at once.  Returns the one whose
+ * greeting came after the shortest time, and lets the others go.  NULL: none greets. */
 static struct exchange *race(struct route *route, unsigned preference)
 {
     struct exchange *winner = NULL, *end = route->x + route->count;
@@ -2595,10 +2608,11 @@ static bool is_dead(const struct batch *b, const char *domain)
 static void talk(struct batch *b, struct exchange *x, struct message *m, struct recipient **to, size_t count)
 {
     bool was_bare = x->bare;
-    enum outcome hello = x->ready ? SENT : introduce(x), unfit = x->bare ? LATER : FAILED;
+    enum outcome hello = x->progress == READY ? SENT : introduce(x), unfit = x->bare ? LATER : FAILED;
     bool alive = x->code != 0, used = x->messages > 0, ended;
 
-    x->ready = hello == SENT;
+    if (hello == SENT)
+        x->progress = READY;
     x->accepting = false;
     if (hello != SENT)
         settle_all(to, count, hello, x->label, x->words);
@@ -2609,7 +2623,7 @@ static void talk(struct batch *b, struct exchange *x, struct message *m, struct 
     else
         alive = transact_all(x, m, to, count);
     x->messages++;
-    if (alive && x->ready && b->more && !m->part && !any_owed(to, count)) {
+    if (alive && x->progress == READY && b->more && !m->part && !any_owed(to, count)) {
         x->deadline = clock_ms() + KEPT;
         return;
     }
