@@ -28,8 +28,10 @@ static struct {
     size_t size, said;
     enum manner manner;
     struct exchange *x;     /* it, as forward.c knows it */
-    char told[4096];        /* what it was told */
-    size_t told_size, body, behind;     /* where in that the message begins, and what comes after it */
+    const struct message *message;      /* what it is to be told, in a dialogue */
+    char told[8192];        /* what it was told */
+    size_t told_size, body, behind;     /* where in that the last content begins, and what comes after it */
+    bool whole;             /* it was told the whole message, once or more */
     bool part;              /* it took only a part of what it was told: the rest comes next */
     bool content;           /* what it was told last is of the message */
     bool gone;              /* it has hung up, and takes nothing more */
@@ -55,6 +57,28 @@ UNGUIDED static ssize_t exchanger_read(void *bytes, size_t size)
     return (ssize_t)size;
 }
 
+/* The content that it was told last goes out as it stands in the file, or is not sent
+ * to its end, or is the empty one for no recipient. */
+static void check_content(void)
+{
+    const struct message *m = exchanger.message;
+    size_t body = (size_t)(m->end + 3 - m->body), sent = exchanger.behind - exchanger.body;
+
+    if (memcmp(exchanger.told + exchanger.body, ".\r\n", sent < 3 ? sent : 3) != 0)
+        assert(sent <= body && memcmp(exchanger.told + exchanger.body, message_text + m->body, sent) == 0);
+    exchanger.whole = exchanger.whole || sent == body;
+}
+
+/* No recipient is asked for that has a final outcome: it would get the message twice. */
+static void check_command(const char *bytes, size_t size)
+{
+    for (size_t i = 0; exchanger.message != NULL && i < exchanger.message->count; i++) {
+        const struct recipient *r = &exchanger.message->recipients[i];
+
+        assert(r->outcome == LATER || find_text(bytes, size, r->address, strlen(r->address)) == NULL);
+    }
+}
+
 /* What is said to it is a command, or a part of the message, which it gets only
  * when it has said 354. */
 UNGUIDED static ssize_t exchanger_write(const void *bytes, size_t size)
@@ -74,8 +98,11 @@ UNGUIDED static ssize_t exchanger_write(const void *bytes, size_t size)
         exchanger.content = !command;
     if (!exchanger.part && !command) {
         assert(exchanger.x->code == 354);
+        check_content();
         exchanger.body = exchanger.told_size;
     }
+    if (!exchanger.content)
+        check_command(bytes, size);
     exchanger.part = exchanger.manner == PIECES && size > 1 && chance(4) == 0;
     if (exchanger.part)
         size = 1 + chance(size - 1);
@@ -162,18 +189,15 @@ static void check_pieces(const char *says, size_t size)
     }
 }
 
-/* The message went out as it stands in the file, or was not sent to its end, and
- * then nobody counts as having it. */
+/* Nobody counts as having a message that was not sent to its end. */
 static void check_message_sent(const struct message *m)
 {
-    size_t body = (size_t)(m->end + 3 - m->body), sent = exchanger.behind - exchanger.body;
     bool any_sent = false;
 
-    if (memcmp(exchanger.told + exchanger.body, ".\r\n", sent < 3 ? sent : 3) != 0)    /* not an empty one */
-        assert(sent <= body && memcmp(exchanger.told + exchanger.body, message_text + m->body, sent) == 0);
+    check_content();
     for (size_t i = 0; i < m->count; i++)
         any_sent = any_sent || m->recipients[i].outcome == SENT;
-    assert(!any_sent || sent == body);
+    assert(!any_sent || exchanger.whole);
 }
 
 /* Whatever happened, everybody has an outcome that says why, or is still owed. */
@@ -225,6 +249,7 @@ static void check_dialogue(const char *says, size_t size, enum manner manner)
         to[i] = &m.recipients[i];
     survey(&m);
     exchanger_set(&x, says, size, manner);
+    exchanger.message = &m;
     talk(&alone, &x, &m, to, m.count);
     assert(exchanger.closed && x.progress == SPENT);
     assert(exchanger.part || is_crlf_lines(exchanger.told, exchanger.told_size));
