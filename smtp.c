@@ -2038,7 +2038,7 @@ static void read_password(const char *path)
     if (fd < 0 || fstat(fd, &st) != 0)
         die("cannot read the password file -A %s", path);
     errno = 0;
-    if (!S_ISREG(st.st_mode) || (st.st_mode & 0777) != 0600)
+    if (!S_ISREG(st.st_mode) || (st.st_mode & 0177) != 0)
         die("-A %s holds a password, so it must be a file of mode 600: chmod 600 it", path);
     if (st.st_uid != 0 && st.st_uid != getuid())
         die("-A %s belongs to uid %ld, who could change it: chown it to uid %ld, or to root", path, (long)st.st_uid,

@@ -431,7 +431,7 @@ class Authority:
         self._openssl("req", *self.KEY, "-keyout", key, "-out", request, "-subj", f"/CN={names[0]}")
         self._openssl("x509", "-req", "-in", request, "-CA", self.pem, "-CAkey", self._key, "-CAcreateserial",
                       "-days", days, "-extfile", names_file, "-out", pem)
-        pem.write_text(pem.read_text() + key.read_text())
+        pem.write_text(key.read_text() + pem.read_text())     # Postfix wants the key first
         return pem
 
 

@@ -20,6 +20,7 @@ import contextlib
 import itertools
 import os
 import re
+import shlex
 import shutil
 import signal
 import socket
@@ -406,6 +407,8 @@ class Postfix(WorldPeer):
         anvil     unix  - - n - 1 anvil
         scache    unix  - - n - 1 scache
         postlog   unix-dgram n - n - 1 postlogd
+        tlsmgr    unix  - - n 1000? 1 tlsmgr
+        {services}
         """
     MAIN = """\
         compatibility_level = 3.6
@@ -436,15 +439,17 @@ class Postfix(WorldPeer):
         {more}
         """
 
-    def __init__(self, more="", **settings):
-        """`more` is one more line of main.cf."""
-        self._more = more
+    def __init__(self, more="", services="", accounts=None, **settings):
+        """`more` is what main.cf has more, or instead; `services` the same of master.cf, in which {host} is its
+        address; `accounts` are {name: password}, of Cyrus SASL."""
+        self._more, self._services, self._accounts = more, services, accounts or {}
         super().__init__(**settings)
 
     def _start(self):
         postfix = program("postfix")
         self._make_world()
-        self.write("etc/postfix/master.cf", settings_text(self.MASTER, port=f"{self.host}:{self.port}"))
+        self.write("etc/postfix/master.cf", settings_text(
+            self.MASTER, port=f"{self.host}:{self.port}", services=self._services.format(host=self.host)))
         self.write("etc/postfix/main.cf", settings_text(
             self.MAIN, hostname=lab.HOSTNAME, size=SIZE, more=self._more,
             relayhost="[{}]:{}".format(*self.next_hop) if self.next_hop else ""))
@@ -453,7 +458,18 @@ class Postfix(WorldPeer):
         self._run_in_world("sh", "-c", f"""
             mkdir /var/lib/postfix
             chown postfix /var/lib/postfix
+            {self._add_accounts()}
             exec {postfix} start-fg""")
+
+    def _add_accounts(self):
+        """Shell commands that put them into Cyrus SASL's file."""
+        if not self._accounts:
+            return ""
+        self.write("etc/postfix/sasl/smtpd.conf", "pwcheck_method: auxprop\nauxprop_plugin: sasldb\n"
+                   "mech_list: PLAIN LOGIN\n")
+        adding = [f"printf %s {shlex.quote(password)} | {program('saslpasswd2')} -p -c -u {lab.HOSTNAME} {name}"
+                  for name, password in self._accounts.items()]
+        return "\n".join([*adding, "chown postfix /etc/sasldb2"])
 
     def flush(self):
         return self._order(program("postqueue"), "-f")
@@ -529,7 +545,7 @@ class Exim(UnpackedPeer):
         local_interfaces = {host}
         daemon_smtp_ports = {port}
         log_file_path = /var/log/exim4/%slog
-        tls_advertise_hosts =
+        {tls}
         message_size_limit = {size}
         qualify_domain = {hostname}
         acl_smtp_rcpt = rcpt
@@ -566,15 +582,21 @@ class Exim(UnpackedPeer):
         begin retry
         * * F,5d,15m
         """
+    NO_TLS = "tls_advertise_hosts ="
     BY_ROUTE = "all:\n  driver = manualroute\n  transport = remote\n  route_list = * {}::{} byname\n  self = send\n"
     BY_DNS = "all:\n  driver = dnslookup\n  transport = remote\n  self = send\n"
+
+    def __init__(self, tls=NO_TLS, **settings):
+        """`tls` are its settings of that."""
+        self._tls = tls
+        super().__init__(**settings)
 
     def _start(self):
         self._make_world()
         router = self.BY_ROUTE.format(*self.next_hop) if self.next_hop else self.BY_DNS
         self.write("etc/exim4/exim4.conf", settings_text(
             self.CONFIGURATION, hostname=lab.HOSTNAME, program=self._program(), host=self.host, port=self.port,
-            size=SIZE, router=router))
+            size=SIZE, router=router, tls=self._tls))
         self._run_in_world("sh", "-c", f"""
             mkdir -p /var/spool/exim4 /var/log/exim4
             chown Debian-exim:Debian-exim /var/spool/exim4 /var/log/exim4
@@ -734,10 +756,12 @@ class SmtpServer(Peer):
 
     name = "smtp-server"
     SCRIPT = """\
-        const [host, port, size] = process.argv.slice(2);
+        const [host, port, size, pem, secure] = process.argv.slice(2);
         const {{ SMTPServer }} = require('smtp-server');
+        const own = pem ? require('fs').readFileSync(pem) : undefined;
         new SMTPServer({{
             authOptional: true,
+            ...(own && {{ key: own, cert: own, secure: secure === 'secure', authOptional: false }}),
             size: Number(size),
             onAuth: (auth, session, callback) =>
                 callback(auth.password === 'secret' ? null : new Error('no such password'), {{ user: auth.username }}),
@@ -745,8 +769,14 @@ class SmtpServer(Peer):
                 stream.on('end', () => callback());
                 stream.resume();
             }},
-        }}).listen(Number(port), host);
+        }}).on('error', () => {{ }}).listen(Number(port), host);
         """
+
+    def __init__(self, certificate="", secure=False, **settings):
+        """With a `certificate`, a file that has its key, too, it takes mail only by TLS and with the password
+        "secret"; `secure`: TLS begins with the connection."""
+        self._tls = [certificate, "secure" if secure else ""] if certificate else []
+        super().__init__(**settings)
 
     def _start(self):
         node, modules = program("node"), CACHE / self.name / "node_modules"
@@ -755,7 +785,13 @@ class SmtpServer(Peer):
         self._free_port()
         path = self.directory / "server.js"
         path.write_text(settings_text(self.SCRIPT))
-        self._run("env", f"NODE_PATH={modules}", node, path, self.host, self.port, SIZE)
+        self._run("env", f"NODE_PATH={modules}", node, path, self.host, self.port, SIZE, *self._tls)
+
+    def _greets(self):
+        if not self._tls:
+            return super()._greets()
+        with contextlib.suppress(OSError), socket.create_connection((self.host, self.port), 10):
+            return True
 
     def version(self):
         package = (CACHE / self.name / "node_modules/smtp-server/package.json").read_text()
