@@ -88,7 +88,8 @@ def submission(start_peer, far, trusted):
               " -o smtpd_relay_restrictions=permit_sasl_authenticated,reject")
     peer = start_peer(
         "postfix", next_hop=(far.host, far.port), accounts={NAME: PASSWORD},
-        more=f"smtpd_tls_chain_files = {trusted}\nsmtpd_tls_received_header = yes\nsmtpd_sasl_local_domain = {lab.HOSTNAME}\n"
+        more=f"smtpd_tls_chain_files = {trusted}\nsmtpd_tls_received_header = yes\n"
+             f"smtpd_sasl_local_domain = {lab.HOSTNAME}\n"
              "smtpd_sasl_authenticated_header = yes\ncyrus_sasl_config_path = /etc/postfix/sasl",
         services=f"{{host}}:{ports['-s']} inet n - n - 0 smtpd -o smtpd_tls_security_level=encrypt {common}\n"
                  f"{{host}}:{ports['-S']} inet n - n - 0 smtpd -o smtpd_tls_wrappermode=yes {common}")
