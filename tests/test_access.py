@@ -156,17 +156,24 @@ def test_only_some_strangers_are_heard_at_once(alone):
 
 def test_strangers_take_no_clients_place(alone):
     """The table divides when it is full of clients, whether there are strangers or not."""
-    def clients_until_full(strangers):
-        here = alone("-c", 0, before="ulimit -n 64")
-        assert all([is_heard(here.connect("192.0.2.1")) for _ in range(strangers)])
-        clients = []
-        while not here.relay.logged("table full"):
-            clients.append(here.connect("127.0.0.1"))
-            assert clients[-1].reply().startswith("220 ") and len(clients) < 40
-        assert all(client.say("QUIT") == "221 2.0.0 OK" for client in clients)
-        here.relay.stop()
-        return len(clients)
-    assert clients_until_full(16) == clients_until_full(0) > 2
+    def let_in(here, count):
+        for _ in range(count):
+            assert here.connect("127.0.0.1").reply().startswith("220 ")
+
+    here = alone("-c", 0, before="ulimit -n 64")
+    while not here.relay.logged("table full"):
+        let_in(here, 1)
+    size = int(here.relay.logged(r"table full: process \d+ serves (\d+) clients")[0][1])
+    here.relay.stop()
+
+    here = alone("-c", 0, before="ulimit -n 64")
+    assert all([is_heard(here.connect("192.0.2.1")) for _ in range(16)])
+    let_in(here, size - 1)
+    last = here.connect("192.0.2.1")
+    here.relay.wait_for_log(f"^192.0.2.1:{last.local_port} refused: 554 ")
+    assert not here.relay.logged("table full")
+    let_in(here, 1)
+    here.relay.wait_for_log("table full")
 
 
 @pytest.mark.parametrize("address", ["192.0.2.1", "2001:db8::1"])
