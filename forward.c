@@ -438,13 +438,8 @@ bool draft_open(struct draft *d, unsigned port)
     make_id(d->id, port);
     d->error = 0;
     d->fd = create_draft(d->id);
-    /* The spool was taken away, and may be back: on another disk, or empty. */
-    if (d->fd < 0 && errno == ENOENT) {
-        if (chdir(settings.spool) != 0)
-            logmsg("cannot enter the spool %s (%s)", settings.spool, strerror(errno));
-        if (make_directory("tmp") && make_directory("queue"))
-            d->fd = create_draft(d->id);
-    }
+    if (d->fd < 0 && errno == ENOENT && chdir(settings.spool) == 0)     /* the spool may have been replaced */
+        d->fd = create_draft(d->id);
     if (d->fd >= 0)
         return true;
     d->error = errno;
@@ -506,8 +501,7 @@ static bool move_to_queue(const char *id)
     char path[16 + ID_SIZE];
 
     strcpy(path, spool_path("tmp", id));
-    return rename(path, spool_path("queue", id)) == 0
-        || (errno == ENOENT && make_directory("queue") && rename(path, spool_path("queue", id)) == 0);
+    return rename(path, spool_path("queue", id)) == 0;
 }
 
 /* Makes a draft a message: locked, durable, in the queue.  When this returns
