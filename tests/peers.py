@@ -755,6 +755,7 @@ class SmtpServer(Peer):
     """smtp-server, a module for Node.js: it takes mail and throws it away."""
 
     name = "smtp-server"
+    user, password = "nour", "secret"
     SCRIPT = """\
         const [host, port, size, pem, secure] = process.argv.slice(2);
         const {{ SMTPServer }} = require('smtp-server');
@@ -764,7 +765,7 @@ class SmtpServer(Peer):
             ...(own && {{ key: own, cert: own, secure: secure === 'secure', authOptional: false }}),
             size: Number(size),
             onAuth: (auth, session, callback) =>
-                callback(auth.password === 'secret' ? null : new Error('no such password'), {{ user: auth.username }}),
+                callback(auth.password === '{password}' ? null : new Error('wrong'), {{ user: auth.username }}),
             onData: (stream, session, callback) => {{
                 stream.on('end', () => callback());
                 stream.resume();
@@ -784,7 +785,7 @@ class SmtpServer(Peer):
             raise Absent("there is no smtp-server here: python3 tests/peers.py fetch")
         self._free_port()
         path = self.directory / "server.js"
-        path.write_text(settings_text(self.SCRIPT))
+        path.write_text(settings_text(self.SCRIPT, password=self.password))
         self._run("env", f"NODE_PATH={modules}", node, path, self.host, self.port, SIZE, *self._tls)
 
     def _greets(self):

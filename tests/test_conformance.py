@@ -1,4 +1,6 @@
 """The conformance suite itself: that each of its tests can fail, and for its own reason only."""
+import atexit
+import functools
 import json
 import multiprocessing
 import os
@@ -6,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 import xml.etree.ElementTree
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
@@ -25,6 +28,9 @@ from dialogue import Target, readable       # noqa: E402
 from sink import Sink       # noqa: E402
 
 
+OF_TLS = {fault for fault in FAULTS if fault.startswith("3207-")}
+
+
 class Found(NamedTuple):
     """What a run found: results, and what it printed."""
 
@@ -39,13 +45,24 @@ class Found(NamedTuple):
         return {result.reason for result in self.results if result.verdict == verdict}
 
 
+@functools.lru_cache(None)
+def certificate():
+    """A file with a key and a certificate, made once; None where there is no openssl."""
+    if shutil.which("openssl") is None:
+        return None
+    directory = Path(tempfile.mkdtemp())
+    atexit.register(shutil.rmtree, directory)
+    return lab.Authority(directory).certificate("127.0.0.1")
+
+
 def run_on(fault, only=None, **settings):
     """Runs the suite in this process where this is wrong.  All that the broken server relays has
     arrived before its 250, so what does not come need not be awaited."""
     sink = Sink("127.0.0.1")
-    server = Broken(fault, sink.port)
+    server = Broken(fault, sink.port, certificate=certificate())
     target = Target("127.0.0.1", server.port, "nour@example.org", "friend@example.net", sink,
-                    **{"delivery_timeout": 0, "reply_timeout": 30, "stranger": lab.loopback(), **settings})
+                    **{"delivery_timeout": 0, "reply_timeout": 30, "stranger": lab.loopback(), "user": "nour",
+                       "password": "secret", **settings})
     results, went_well, printed = suite.run(target, only, quiet=True)
     server.stop()
     sink.stop()
@@ -67,13 +84,16 @@ def test_nothing_is_found_where_nothing_is_wrong():
     found = run_on(None)
     print(found.printed)
     assert found.of("fail") == found.of("error") == set()
-    assert found.of("n/a") == {"4.5.3.2.7-a"}       # silence takes its time: it is tried below
+    tls = set() if certificate() else OF_TLS
+    assert found.of("n/a") == {"4.5.3.2.7-a"} | tls     # silence takes its time: it is tried below
     assert found.of("pass") == FAULTS - found.of("n/a")
 
 
 @pytest.mark.parametrize("fault", sorted(FAULTS - {"4.5.3.2.7-a"}))
 def test_what_is_wrong_is_found_and_nothing_else(runs, fault):
     """And it is told in words, not as a comparison of two values."""
+    if fault in OF_TLS and not certificate():
+        pytest.skip("openssl is not installed")
     found = runs[fault].result()
     print(found.printed)
     assert found.of("fail") == SEEN_BY.get(fault, {fault})
@@ -166,6 +186,28 @@ def broken():
     yield start
     for server in servers:
         server.stop()
+
+
+def test_a_server_that_speaks_tls_from_the_first_octet_is_asked_with_tls(command):
+    if not certificate():
+        pytest.skip("openssl is not installed")
+    server = Broken(certificate=certificate(), tls=True)
+    done = command("--server", f"127.0.0.1:{server.port}", "--only", "4.1.1.9,3207", "--tls")
+    server.stop()
+    assert done.returncode == 0, done.stdout
+    assert re.search(r"^4\.1 Commands +2 +\. +\. +\. +1", done.stdout, re.M)
+    assert "STARTTLS is not announced" in done.stdout
+
+
+def test_who_logs_in_is_asked_behind_the_login_and_no_report_has_the_password(command, tmp_path):
+    server = Broken("shy")
+    words = ["--server", f"127.0.0.1:{server.port}", "--only", "4.5.1-b,4.5.1-c,4954-4-e"]
+    assert "the server wants more before that" in command(*words).stdout
+    done = command(*words, "--user", "nour", "--password", "secret", "--report", tmp_path)
+    server.stop()
+    assert done.returncode == 0 and re.search(r"^all +3 +\. +\. +\. ", done.stdout, re.M), done.stdout
+    report = (tmp_path / "report.json").read_text()
+    assert "AUTH PLAIN ..." in report and "secret" not in report and "bm91cgBzZWNyZXQ" not in report
 
 
 @pytest.fixture

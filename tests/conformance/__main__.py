@@ -79,6 +79,9 @@ def options():
     add("--stranger", metavar="ADDRESS", help="an address of this machine that the server refuses")
     add("--patience", metavar="SECONDS", type=float, default=0,
         help="how long to be silent to see whether the server waits: 300 for what the RFC asks; without it: not at all")
+    add("--tls", action="store_true", help="connections begin with a TLS handshake, as on port 465")
+    add("--user", metavar="NAME", help="log in where the server takes no mail without, inside TLS if it offers that")
+    add("--password", metavar="WORD", default="", help="with this password")
     add("--start-timeout", metavar="SECONDS", type=float, default=0,
         help="how long to wait for the server to listen (0): for one that has just been started")
     add("--reply-timeout", metavar="SECONDS", type=float,
@@ -111,7 +114,7 @@ def server(arguments):
     sink = Sink(*arguments.sink) if arguments.sink else None
     try:
         yield Target(*arguments.server, arguments.sender, arguments.recipient, sink, stranger=arguments.stranger,
-                     **waits)
+                     tls=arguments.tls, user=arguments.user, password=arguments.password, **waits)
     finally:
         if sink:
             sink.stop()

@@ -6,11 +6,13 @@ Without a fault it does all that the tests ask, small as it is: it relays what i
 given at once, to a Sink.  With a fault it departs from just the requirement that the
 fault is named after.  With one of TROUBLES it departs from none, and cannot be asked.
 """
+import base64
 import email.utils
 import re
 import smtplib
 import socket
 import socketserver
+import ssl
 import sys
 import threading
 import time
@@ -99,6 +101,16 @@ REPLIES = {
     "2034-4-b": (".*>XYZZY", "500 4.5.2 what?"),
     "2034-4-c": (".*>HELP", "214-2.0.0 help\r\n214 2.0.1 yourself"),
     "2920-3.2-b": (r".* \.>RSET", ""),
+    "3030-2-b": (".*>BDAT 0 LAST", "252 2.0.0 perhaps"),
+    "3030-3-b": (".* BODY=BINARYMIME", "501 5.5.4 no"),
+    "3207-4-a": (".*>STARTTLS now", "220 go on"),
+    "3461-4.1-a": (".* NOTIFY=NEVER", "555 5.5.4 no such parameter"),
+    "3461-4.2-a": (r".* ORCPT=rfc822;friend\+.*", "555 5.5.4 no such parameter"),
+    "3461-4.3-a": (".* RET=FULL", "555 5.5.4 no such parameter"),
+    "3461-4.4-a": (r".* ENVID=QQ314159\+.*", "555 5.5.4 no such parameter"),
+    "4954-4-a": (".*>AUTH X-.*", "501 5.5.4 what?"),
+    "4954-6-a": ("ready NOOP>RSET", "530 5.7.0 log in first"),
+    "6531-3.3-a": (".*>MAIL FROM:<m[^a-z].* SMTPUTF8", "553 5.6.7 not in letters of ours"),
     "2920-3.2-c": ("ready MAIL>RCPT TO:<friend@.*", "250 2.1.5 Ok"),
     "6152-2-b": (".* BODY=8BITMIME", "501 5.5.4 seven are enough")}
 
@@ -115,11 +127,15 @@ CLOSES = {"3.8-a": ".*>XYZZY", "4.1.1.5-c": ".* EHLO>RSET", "4.1.1.10-c": ".* EH
 
 # The list of extensions: a part of it, and what stands there.
 KEYWORDS = {
-    "2.2.2-a": ("EXPN", "PLUGH\r\n250-EXPN"), "2.4-d": ("8BITMIME\r\n250-", ""), "3.5.1-a": ("-EXPN\r\n250", ""),
+    "2.2.2-a": ("EXPN", "PLUGH\r\n250-EXPN"), "2.4-d": ("8BITMIME\r\n250-SMTPUTF8\r\n250-", ""),
+    "3.5.1-a": ("-EXPN\r\n250", ""),
     "3.5.2-c": ("-EXPN\r\n250", ""), "4.1.1.1-a": ("broken.example", "broken_server.example"),
     "4.1.1.1-c": (" HELP", " EXPN"), "4.1.1.8-b": (" HELP", " EXPN"), "1870-3-a": (f"SIZE {LIMIT}", "SIZE unlimited"),
     "2034-3-a": ("STATUSCODES", "STATUSCODES 1"), "2920-2-a": ("PIPELINING", "PIPELINING 1"),
-    "6152-2-a": ("8BITMIME", "8BITMIME yes")}
+    "3030-2-a": ("CHUNKING", "CHUNKING yes"), "3030-3-a": ("BINARYMIME", "BINARYMIME yes"),
+    "3207-2-a": ("STARTTLS", "STARTTLS yes"), "3461-4-a": ("DSN", "DSN yes"), "4954-3-a": ("AUTH", "AUTH plain+"),
+    "6152-2-a": ("8BITMIME", "8BITMIME yes"), "6531-3.1-a": ("SMTPUTF8", "SMTPUTF8 yes"),
+    "6531-3.1-b": ("8BITMIME\r\n250-", "")}
 
 # What ends a message, beside CRLF.CRLF.
 ENDS = {"4.1.1.4-a": rb"[^\r]\n\.\n", "4.1.1.4-c": rb"[^\r]\n\.\r\n"}
@@ -148,7 +164,9 @@ CHANGES = {
 # And what takes a line or two in the server itself.
 OTHERS = {"2.3.8-a", "2.3.8-b", "2.4-b", "3.1-a", "3.1-b", "3.3-b", "4.1.1.3-b", "4.1.1.3-c", "4.1.1.4-b", "4.1.1.10-b",
           "4.1.1.10-d", "4.1.1.10-e", "4.1.4-g", "4.2.5-a", "4.5.3.1.8-a", "4.5.3.1.10-a", "4.5.3.2.7-a", "4.5.4.2-a",
-          "4.5.5-a", "6.3-b", "7.2-a", "1870-4-a", "1870-6-a", "2920-3.2-a"}
+          "4.5.5-a", "6.3-b", "7.2-a", "1870-4-a", "1870-6-a", "2920-3.2-a", "2920-3.2-f", "2920-3.2-g", "3030-2-c",
+          "3030-2-d", "3030-2-e", "3030-3-c", "3207-4-b", "3207-4.2-a", "3207-4.2-b", "3207-4.2-c", "3207-4.2-d",
+          "3461-5.2.1-a", "4954-4-b", "4954-4-c", "4954-4-d", "4954-4-e", "4954-4-f", "4954-4-g"}
 
 FAULTS = set().union(REPLIES, FORGETS, KEEPS, CLOSES, KEYWORDS, ENDS, REFUSES, TRACES, CHANGES, OTHERS)
 
@@ -156,28 +174,33 @@ FAULTS = set().union(REPLIES, FORGETS, KEEPS, CLOSES, KEYWORDS, ENDS, REFUSES, T
 TROUBLES = {
     "silent": "it answers no MAIL", "gone": "it closes the connection in place of a reply to MAIL",
     "full": "it greets with 421", "strict": "it says 421 to the second error of a session",
-    "slow": "it answers MAIL after half a second", "deaf": "it takes no message further"}
+    "shy": "it wants a password first", "slow": "it answers MAIL after half a second",
+    "deaf": "it takes no message further"}
 
 # Where two requirements say the same of one thing, both tests see it.
-SEEN_BY = {"4.2.4-a": {"4.2.4-a", "4.1.1.8-b"}}
+SEEN_BY = {"4.2.4-a": {"4.2.4-a", "4.1.1.8-b"}, "6531-3.1-b": {"6531-3.1-b", "2.4-d"}}
 
 
 # ---- The server -----------------------------------------------------------------------------
 
 
 class Broken(socketserver.ThreadingTCPServer):
-    """Listens at .port.  `sink` is the port of the Exchanger that it relays to."""
+    """Listens at .port.  `sink` is the port of the Sink that it relays to; `certificate` a file with
+    a key and a certificate, without which it has no TLS; with `tls` it has nothing else."""
 
     allow_reuse_address = True
     daemon_threads = True
     block_on_close = False
 
-    def __init__(self, fault=None, sink=None, port=0):
+    def __init__(self, fault=None, sink=None, port=0, certificate=None, tls=False):
         if fault not in FAULTS | set(TROUBLES) | {None}:
             raise ValueError(f"no such fault: {fault}; there are {' '.join(sorted(FAULTS | set(TROUBLES)))}")
         super().__init__(("127.0.0.1", port), Session)
         self.fault, self.sink, self.port = fault, sink, self.server_address[1]
-        self.sessions = []
+        self.sessions, self.context, self.tls = [], None, tls
+        if certificate:
+            self.context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            self.context.load_cert_chain(certificate)
         threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
 
     def stop(self):
@@ -190,7 +213,11 @@ class Session(socketserver.StreamRequestHandler):
 
     def handle(self):
         self.helo, self.previous, self.queue, self.pending, self.held = None, "", [], [], ""
-        self.errors = 0
+        self.errors, self.last, self.early = 0, "", ""
+        self.tls, self.user = False, None
+        if self.server.tls:
+            self.state = "new"
+            self.begin_tls()
         self.reset()
         crowded = self.has("4.5.4.2-a") and any(session.state == "rcpt" for session in self.server.sessions)
         self.server.sessions.append(self)
@@ -237,9 +264,11 @@ class Session(socketserver.StreamRequestHandler):
             reply = REPLIES[self.server.fault][1]
         if self.has("2920-3.2-a") and where == "rcpt RCPT>RCPT TO:<":
             self.held = reply + "\r\n"
+        elif self.has("2920-3.2-f") and where == "ready RSET>RSET":
+            self.early = reply + "\r\n"
         elif reply:
-            self.wfile.write((reply + "\r\n" + self.held).encode())
-            self.held = ""
+            self.wfile.write((self.early + reply + "\r\n" + self.held).encode())
+            self.held = self.early = ""
 
     def next_line(self):
         """Without its CRLF; None at the end."""
@@ -274,14 +303,18 @@ class Session(socketserver.StreamRequestHandler):
         if self.hits(KEEPS, where):
             self.state = before
         self.say(reply, where)
+        self.last = reply
         if reply.startswith("354"):
             return self.take_content()
+        if reply.startswith("220"):
+            return self.begin_tls()
         return not self.hits(CLOSES, where) and (reply[:3] != "221" or self.has("4.1.1.10-b"))
 
     def obey(self, line):
         verb, _, argument = line.partition(" ")
         command = getattr(self, "do_" + verb.lower(), None)
-        if not command or not re.fullmatch("[ -~]*", line):
+        international = re.fullmatch("(MAIL|RCPT) .*SMTPUTF8", line)
+        if not command or not (re.fullmatch("[ -~]*", line) or international):
             return "500 5.5.2 what?"
         return command(argument)
 
@@ -290,24 +323,32 @@ class Session(socketserver.StreamRequestHandler):
     def reset(self):
         self.state = "ready" if self.helo else "new"
         self.sender, self.route, self.recipients, self.size = None, "", [], None
+        self.binary, self.chunks, self.parameters, self.notify = False, [], "", []
 
     def do_ehlo(self, name):
         if not re.fullmatch(f"{DOMAIN}|{LITERAL}", name):
             return "501 who?"
         self.helo = name
         self.previous = "else" if name == "somebody-else.example" else self.previous
-        self.reset()
-        reply = f"250-broken.example\r\n250-PIPELINING\r\n250-SIZE {LIMIT}\r\n250-8BITMIME\r\n" \
-                "250-ENHANCEDSTATUSCODES\r\n250-EXPN\r\n250 HELP"
+        if not (self.has("3207-4.2-b") and self.tls):
+            self.reset()
+        keywords = ["PIPELINING", f"SIZE {LIMIT}", "8BITMIME", "SMTPUTF8", "ENHANCEDSTATUSCODES", "AUTH PLAIN LOGIN",
+                    "CHUNKING", "BINARYMIME", "DSN", "EXPN", "HELP"]
+        if self.server.context and (not self.tls or self.has("3207-4.2-c")):
+            keywords.insert(0, "STARTTLS")
+        lines = ["broken.example", *keywords]
+        reply = "\r\n".join(["250-" + line for line in lines[:-1]] + ["250 " + lines[-1]])
         return reply.replace(*KEYWORDS.get(self.server.fault, ("", "")))
 
     def do_helo(self, name):
         return self.do_ehlo(name).partition("\r\n")[0].replace("-", " ", 1)
 
     def do_mail(self, argument):
+        if self.has("shy") and not self.user:
+            return "530 5.7.0 log in first"
         if self.state != "ready":
             return "503 5.5.1 not now"
-        found = PATH.fullmatch(argument[5:].replace("<>", "<nobody@null>", 1))
+        found = PATH.fullmatch(re.sub("[^\0-~]+", "x", argument[5:].replace("<>", "<nobody@null>", 1)))
         if argument[:5].upper() != "FROM:" or not found:
             self.state = "mail" if self.has("4.1.4-g") and argument == "FROM:<" else "ready"
             return "501 5.5.2 from whom?"
@@ -315,8 +356,11 @@ class Session(socketserver.StreamRequestHandler):
             size = re.fullmatch(r"SIZE=(\d{1,20})", word, re.I)
             if size and int(size[1]) > LIMIT:
                 return "552 5.3.4 too big"
-            if not size and not re.fullmatch("BODY=(7BIT|8BITMIME)", word, re.I):
+            if not size and not re.fullmatch(r"BODY=(7BIT|8BITMIME|BINARYMIME)|SMTPUTF8|RET=(FULL|HDRS)|ENVID=\S+",
+                                             word, re.I):
                 return "555 5.5.4 no such parameter"
+            self.binary = self.binary or word == "BODY=BINARYMIME"
+            self.parameters += " " + word if re.match("RET|ENVID", word) else ""
             self.size = int(size[1]) if size else self.size
         self.state, self.sender = "mail", found[2].replace("nobody@null", "")
         return "250 2.1.0 Ok"
@@ -327,7 +371,7 @@ class Session(socketserver.StreamRequestHandler):
         found = PATH.fullmatch(re.sub("(?i)^TO:<postmaster>", f"TO:<postmaster@{NAME}>", argument)[3:])
         if argument[:3].upper() != "TO:" or not found:
             return "501 5.5.2 to whom?"
-        if found[3]:
+        if not re.fullmatch(r"( (NOTIFY=[A-Z,]+|ORCPT=\S+))*", found[3]):
             return "555 5.5.4 no such parameter"
         if found[2].endswith("@elsewhere.example"):
             return "550 5.7.1 no relaying"
@@ -335,11 +379,16 @@ class Session(socketserver.StreamRequestHandler):
             return f"{552 if self.has('4.5.3.1.10-a') else 452} 4.5.3 too many"
         self.state, self.route = "rcpt", found[1]
         self.recipients.append((found[1] if self.has("4.1.1.3-b") else "") + found[2])
+        self.notify.append(found[3])
         return "250 2.1.5 Ok"
 
     def do_data(self, argument):
         if argument:
             return "501 5.5.4 DATA"
+        if (self.chunks and not self.has("3030-2-d")) or (self.binary and not self.has("3030-3-c")):
+            return "503 5.5.1 BDAT"
+        if self.has("2920-3.2-g") and self.last[0] == "5":
+            return "503 5.5.1 not after that"
         if self.state == "rcpt" or (self.state == "mail" and self.has("3.3-b")):
             return "354 go on"
         return "503 5.5.1 not now"
@@ -369,6 +418,69 @@ class Session(socketserver.StreamRequestHandler):
     def do_help(self, argument):
         return "214-2.0.0 help\r\n214 2.0.0 yourself"
 
+    # Extensions.
+
+    def do_starttls(self, argument):
+        if not self.server.context:
+            return "502 5.5.1 not here"
+        if self.has("3207-4.2-d"):
+            self.connection.setblocking(False)      # what has come by now came before the handshake
+            self.queue = self.rfile.peek().split(b"\r\n")[:-1]
+            self.connection.setblocking(True)
+        return "501 5.5.4 STARTTLS" if argument else "503 5.5.1 again?" if self.tls else "220 2.0.0 go on"
+
+    def begin_tls(self):
+        if self.has("3207-4-b"):
+            return False
+        try:
+            self.connection = self.server.context.wrap_socket(self.connection, server_side=True)
+        except OSError:
+            return False
+        self.rfile, self.wfile = self.connection.makefile("rb"), self.connection.makefile("wb", 0)
+        self.tls, self.user = True, None
+        if not (self.has("3207-4.2-a") or (self.has("3207-4.2-b") and self.state == "rcpt")):
+            self.helo = None
+            self.reset()
+        return True
+
+    def do_auth(self, argument):
+        mechanism, _, response = argument.partition(" ")
+        inside = self.state in ("mail", "rcpt") and not self.has("4954-4-d")
+        if inside or (self.user and not self.has("4954-4-f")):
+            return "503 5.5.1 not now"
+        if mechanism.upper() not in ("PLAIN", "LOGIN"):
+            return "504 5.5.4 no such mechanism"
+        words = [response] if response else []
+        while len(words) < (2 if mechanism.upper() == "LOGIN" else 1):
+            self.say("334 ", "")
+            words.append(self.next_line() or "*")
+            if words[-1] == "*":
+                return "535 5.7.8 no star" if self.has("4954-4-b") else "501 5.7.0 as you like"
+        try:
+            words = [base64.b64decode(word, validate=True).decode() for word in words]
+        except ValueError:
+            return "535 5.7.8 no" if self.has("4954-4-c") else "501 5.5.2 no base64"
+        if words not in (["\0nour\0secret"], ["nour", "secret"]):
+            return "550 5.7.1 no" if self.has("4954-4-g") else "535 5.7.8 no"
+        self.user = "nour"
+        return "250 2.7.0 in" if self.has("4954-4-e") else "235 2.7.0 in"
+
+    def do_bdat(self, argument):
+        size, last = re.fullmatch(r"(\d+)( LAST)?", argument, re.I).groups()
+        if self.state != "rcpt" and self.has("3030-2-e"):
+            return "503 5.5.1 not now"
+        chunk = self.rfile.read(int(size))
+        if self.state != "rcpt":
+            return "503 5.5.1 not now"
+        self.chunks.append(chunk)
+        if last:
+            content = b"".join(self.chunks)
+            self.relay(self.sender, self.recipients,
+                       re.sub(rb"(\A|\n)\.", rb"\1", content) if self.has("3030-2-c") else content,
+                       self.parameters, self.notify)
+            self.reset()
+        return "250 2.0.0 Ok"
+
     # The message.
 
     def take_content(self):
@@ -378,14 +490,14 @@ class Session(socketserver.StreamRequestHandler):
             line = self.rfile.readline()
             if not line:
                 if self.has("4.1.1.10-d"):
-                    self.relay(self.sender, self.recipients, content)
+                    self.relay(self.sender, self.recipients, content, self.parameters, self.notify)
                 return False
             content += line
         content = re.sub(rb"(\A|\n)\.", rb"\1", re.sub(rb"\.\r?\n\Z", b"", content))
         refusal = self.judge(content)
         where = f"{'sized' if self.size else self.state} DATA>{'!' if refusal else '.'}"
         if not refusal or self.has("4.2.5-a"):
-            message = self.sender, self.recipients, content
+            message = self.sender, self.recipients, content, self.parameters, self.notify
             if self.has("4.1.1.10-e"):
                 self.pending.append(message)
             else:
@@ -413,7 +525,7 @@ class Session(socketserver.StreamRequestHandler):
         refused = REFUSES.get(self.server.fault)
         return "552 5.6.0 not this one" if refused and re.search(refused, content) else None
 
-    def relay(self, sender, recipients, content):
+    def relay(self, sender, recipients, content, parameters, notify):
         if self.server.sink is None or not recipients or self.has("deaf"):
             return
         fault = self.server.fault
@@ -432,9 +544,10 @@ class Session(socketserver.StreamRequestHandler):
             sender = self.route + sender
         with smtplib.SMTP("127.0.0.1", self.server.sink, local_hostname="broken.example", timeout=20) as client:
             client.ehlo()
-            client.docmd("MAIL", f"From:<{sender}>")
-            for recipient in recipients:
-                client.docmd("RCPT", f"To:<{recipient}>")
+            told = not self.has("3461-5.2.1-a")
+            client.docmd("MAIL", f"From:<{sender}>" + parameters * told)
+            for recipient, more in zip(recipients, notify):
+                client.docmd("RCPT", f"To:<{recipient}>" + more * told)
             client.data(message)
 
 

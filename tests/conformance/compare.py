@@ -34,6 +34,8 @@ def report_on(name, directory):
         with peers.start(name, next_hop=sink) as peer:
             options = ["--server", f"{peer.host}:{peer.port}",
                        "--from", "nour@example.org", "--to", "friend@example.net"]
+            if hasattr(peer, "user"):
+                options += ["--user", peer.user, "--password", peer.password]
             if name not in peers.KEEPERS:
                 options += ["--sink", "{}:{}".format(*sink)]
             subprocess.run([sys.executable, SUITE, *options, "--report", directory / name],

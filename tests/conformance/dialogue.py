@@ -9,11 +9,14 @@ is marked @must or @should.  It ends in one of four ways:
     it raises Unasked       error: the server could not be asked
     not_applicable()        there is nothing to be judged
 """
+import base64
 import contextlib
+import functools
 import random
 import re
 import select
 import socket
+import ssl
 import time
 
 import pytest
@@ -156,6 +159,13 @@ def unless_later(reply):
     return reply
 
 
+def unless_unknown(reply):
+    """The reply, but the end of the test where the command is unknown: that is another requirement's."""
+    if reply.code in UNKNOWN:
+        not_applicable(f"the server does not have that command: {reply.told}")
+    return reply
+
+
 # ---- The server ----------------------------------------------------------------------------
 
 
@@ -163,7 +173,8 @@ class Target:
     """The server under test, and what may be done to it."""
 
     def __init__(self, host, port, sender="", recipient=None, sink=None, patience=0, reply_timeout=None,
-                 delivery_timeout=300, start_timeout=0, stranger=None, tell=lambda text: None):
+                 delivery_timeout=300, start_timeout=0, stranger=None, tls=False, user=None, password="",
+                 tell=lambda text: None):
         self.host, self.port = host, port
         self.sender = sender        # for MAIL; "" is the null reverse-path
         self.recipient = recipient  # where mail may be sent; None: nowhere
@@ -173,6 +184,9 @@ class Target:
         self.delivery_timeout = delivery_timeout    # seconds for a message to get to the sink
         self.start_timeout = start_timeout          # seconds for the server to begin to listen
         self.stranger = stranger    # an address of ours that the server refuses
+        self.tls = tls              # whether a connection begins with a handshake
+        self.user, self.password = user, password   # to log in with; None: nobody
+        self._wants_login = None
         self.tell = tell            # called with a line of progress
         self.sessions = []          # those of the current test
         self.connections = 0
@@ -206,11 +220,29 @@ class Target:
             waiting.tell()
             time.sleep(0.2)
 
-    def session(self, greeting=None):
-        """A session that has been welcomed; `greeting` is EHLO, HELO or what there is."""
+    def session(self, greeting=None, login=True):
+        """A session that has been welcomed; `greeting` is EHLO, HELO or what there is.  It has logged
+        in, where that is needed for mail and there is a user to do so."""
         session = self.connect().welcomed()
         session.introduce(greeting)
+        if self.user is not None and login and greeting is None and self.wants_login():
+            session.protect()
+            if "AUTH" in session.extensions:
+                session.log_in()        # where that fails, what needs it is refused
         return session
+
+    def wants_login(self):
+        """Whether no transaction can be begun without; found out once."""
+        if self._wants_login is None:
+            session = self.connect().welcomed()
+            session.introduce()
+            try:
+                session.begin()
+                self._wants_login = False
+            except pytest.skip.Exception:
+                self._wants_login = True
+            session.close()
+        return self._wants_login
 
     def hang_up(self):
         """Ends the sessions of a test.  Returns what was said in them."""
@@ -296,6 +328,13 @@ class Waiting:
             self.next += NEWS
 
 
+@functools.lru_cache(None)
+def _unverified():
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    return context
+
+
 class Session:
     """One connection.  It reads as generously as a client may, so that one fault is
     one test's; what was strictly heard is in `raw`."""
@@ -311,6 +350,10 @@ class Session:
         self._buffer = b""
         self._sock = target.socket(source)
         self._sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        if target.tls:
+            error = self.shake_hands()
+            if error:
+                raise Unasked(f"there is no TLS handshake: {error}")
 
     @property
     def address(self):
@@ -320,9 +363,9 @@ class Session:
 
     # What is said and heard.
 
-    def send(self, octets):
+    def send(self, octets, shown=None):
         """Sends octets.  Where the server has closed, what it said before is still to be read."""
-        self.transcript += ["C: " + line for line in _lines(octets)]
+        self.transcript += [shown] if shown else ["C: " + line for line in _lines(octets)]
         self.said = octets.decode("utf-8", "replace").rstrip("\r\n").rpartition("\n")[2]
         self._sock.settimeout(self.target.reply_timeout or BLOCK_WAIT)
         try:
@@ -346,8 +389,11 @@ class Session:
                 silences[verb] = silences.get(verb, 0) + 1
                 raise Silent(f"waited {timeout:g} seconds for {what} in vain")
             if self._readable(min(left, 1)):
+                self._sock.settimeout(1)
                 try:
                     octets = self._sock.recv(65536)
+                except socket.timeout:      # inside TLS: there was something, and none of it was for us
+                    continue
                 except OSError:
                     octets = b""
                 if not octets:
@@ -359,14 +405,16 @@ class Session:
         return line + end
 
     def _readable(self, timeout):
+        if isinstance(self._sock, ssl.SSLSocket) and self._sock.pending():
+            return True
         return bool(select.select([self._sock], [], [], max(timeout, 0))[0])
 
-    def reply(self, command=None):
+    def reply(self, command=None, timeout=None):
         """The next one; `command` is what it answers, where that is not what was said last.  It
         ends the test where the server says no more, or nothing before a client has authenticated."""
         lines = []
         while not lines or lines[-1][3:4] == "-":
-            line = self.line()
+            line = self.line(timeout)
             if not line:
                 self.transcript.append("S: (closes)")
                 raise Closed("the server closed the connection in place of "
@@ -443,6 +491,52 @@ class Session:
                 self.extensions = {words[0].upper(): words[1:] for words in keywords if words}
                 return
         not_applicable(f"the server refuses the session: {reply.told}")
+
+    def shake_hands(self):
+        """TLS, whoever the server is; returns what is in the way of it, or None.  What was said in plain
+        and is not read yet is not read any more."""
+        self._sock.settimeout(self.target.wait())
+        try:
+            self._sock = _unverified().wrap_socket(self._sock)
+        except OSError as error:
+            return getattr(error, "reason", None) or str(error)
+        self._buffer = b""
+        self.transcript.append("(from here on inside TLS)")
+        return None
+
+    def begin_tls(self):
+        reply = self.say("STARTTLS")
+        error = self.shake_hands() if reply.code == "220" else reply.told
+        if error:
+            not_applicable(f"TLS cannot be begun: {error}")
+
+    def protect(self):
+        """TLS, where it is offered: no password is sent in plain then."""
+        if "STARTTLS" in self.extensions:
+            self.begin_tls()
+            self.introduce()
+
+    def log_in(self):
+        """AUTH PLAIN (RFC 4616), or LOGIN; returns the last reply."""
+        user, password = self.target.user, self.target.password
+        if user is None:
+            not_applicable("nobody can log in: give --user and --password")
+        mechanisms = [each.upper() for each in self.needs("AUTH")]
+        if "PLAIN" in mechanisms:
+            return self.say_secretly(b"AUTH PLAIN ", f"\0{user}\0{password}")
+        if "LOGIN" not in mechanisms:
+            not_applicable("neither PLAIN nor LOGIN is announced")
+        reply = self.say("AUTH LOGIN")
+        for word in user, password:
+            if reply.code == "334":
+                reply = self.say_secretly(b"", word)
+        return reply
+
+    def say_secretly(self, command, secret):
+        """Sends a secret in base64, which no transcript shows; returns the reply to it."""
+        self.send(command + base64.b64encode(secret.encode()) + b"\r\n", f"C: {command.decode()}...")
+        self.said = "AUTH ..."
+        return self.reply()
 
     def needs(self, keyword):
         """The parameters of an extension."""

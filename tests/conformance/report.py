@@ -16,7 +16,8 @@ TITLES = {
     "3.7": "Gatewaying", "3.8": "Closing connections", "4.1": "Commands", "4.2": "Replies", "4.3": "Sequences",
     "4.4": "Trace information", "4.5": "Minimum, transparency, sizes", "6.3": "Loops", "6.4": "Irregularities",
     "7.2": "Blind copies", "7.3": "VRFY and security",
-    "1870": "SIZE", "2034": "ENHANCEDSTATUSCODES", "2920": "PIPELINING", "6152": "8BITMIME"}
+    "1870": "SIZE", "2034": "ENHANCEDSTATUSCODES", "2920": "PIPELINING", "3030": "CHUNKING, BINARYMIME",
+    "3207": "STARTTLS", "3461": "DSN", "4954": "AUTH", "6152": "8BITMIME", "6531": "SMTPUTF8"}
 
 
 def matches(number, word):

@@ -78,7 +78,7 @@ class Message:
 class Sink:
     """Listens at .host and .port until stop(), and keeps what comes in .messages."""
 
-    EXTENSIONS = ("PIPELINING", "SIZE", "8BITMIME")
+    EXTENSIONS = ("PIPELINING", "SIZE", "8BITMIME", "DSN")
 
     def __init__(self, host, port=0, extensions=EXTENSIONS):
         self.host, self.extensions, self.messages = host, extensions, []

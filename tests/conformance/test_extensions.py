@@ -1,8 +1,9 @@
 """The extensions: RFC 1870 SIZE, RFC 2034 ENHANCEDSTATUSCODES, RFC 2920 PIPELINING, RFC 6152 8BITMIME."""
 import re
+import time
 
-from dialogue import (DATE, FROM, as_sent, expect, fail, letter, must, not_applicable, nothing, reject, should,
-                      unless_later)
+from dialogue import (DATE, FROM, Silent, as_sent, expect, fail, letter, must, not_applicable, nothing, reject,
+                      should, unless_later, unless_refused, unless_unknown)
 
 # ---- RFC 1870: SIZE -----------------------------------------------------------------------
 
@@ -154,6 +155,35 @@ def test_rfc2920_3_2_c_nothing_is_assumed_of_a_group(session):
     replies = pipelined(session, "MAIL FROM:<a@", f"RCPT TO:<{recipient}>", "NOOP")
     for reply, code in zip(replies, "552"):
         expect(reply, code)
+
+
+@must
+def test_rfc2920_3_2_f_replies_do_not_wait_for_the_rest_of_a_line(session):
+    """RFC 2920 3.2: what is to be said is said when the input is empty, even where it ended within a command."""
+    session.needs("PIPELINING")
+    began = time.monotonic()
+    session.say("NOOP")
+    enough = 2 + 10 * (time.monotonic() - began)
+    session.send(b"RSET\r\nRSET\r\nNO")
+    try:
+        for _ in range(2):
+            session.reply("RSET", enough)
+    except Silent:
+        session.send(b"OP\r\n")
+        session.reply("NOOP")
+        fail("RSET is answered only when the command behind it is complete")
+
+
+@should
+def test_rfc2920_3_2_g_data_is_answered_354_if_there_is_a_recipient(session):
+    """RFC 2920 3.2: in a group, too, and even where the last recipient is refused."""
+    if session.target.recipient is None:
+        not_applicable("no mail may be sent: name a recipient with --to")
+    replies = pipelined(session, f"MAIL FROM:<{session.target.sender}>", f"RCPT TO:<{session.target.recipient}>",
+                        "RCPT TO:<@>", "DATA")
+    if not replies[0].taken or not replies[1].taken:
+        not_applicable(f"no transaction can be begun: {replies[1].told}")
+    expect(unless_unknown(unless_refused(replies[3])), "354")
 
 
 # ---- RFC 6152: 8BITMIME -----------------------------------------------------------------------
