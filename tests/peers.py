@@ -145,8 +145,8 @@ class Peer:
 
     name = None
 
-    def __init__(self, next_hop=None, nameserver=None, directory=None):
-        self.host = lab.loopback()
+    def __init__(self, next_hop=None, nameserver=None, directory=None, host=None):
+        self.host = host or lab.loopback()
         self.next_hop = next_hop
         self.nameserver = nameserver or self.host       # where nobody answers
         self._stack = contextlib.ExitStack()

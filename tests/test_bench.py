@@ -209,6 +209,22 @@ def test_throughput_to_one_domain_and_to_twenty(harness, monkeypatch):
         assert found[metric, at] > 0 and found[metric.replace("accepted", "cpu"), at] > 0
 
 
+def test_tls_beside_plain(harness, monkeypatch):
+    try:
+        harness.gateway
+    except peers.Absent as reason:
+        pytest.skip(str(reason))
+    monkeypatch.setattr(harness, "count", lambda *_: 30)
+    monkeypatch.setattr(harness, "records", [])
+    assert bench.measure_all(harness, ["tls"], ["smtp", "exim"], 1), harness.notes
+    assert "exim: tls: its TLS is not set up here" in harness.notes
+    found = {record["metric"]: record["value"] for record in harness.records}
+    for way in "plain", "tls":
+        for figure in "single reply", "single arrival", "accepted", "delivered":
+            assert found[f"{way} {figure}"] > 0
+        assert is_time(found[f"{way} single cpu"]) and is_time(found[f"{way} cpu"])
+
+
 def test_every_run_has_a_new_spool_and_peers_take_turns(harness, monkeypatch):
     runs = []
 

@@ -24,6 +24,9 @@ take turns, each round in another order, so that what else this machine does mee
 all alike. The results are medians and ranges of all rounds. To compare peers, look
 at the ratios: each is a median and a range, too, of what the rounds gave.
 
+For TLS (`--only tls --peers smtp,postfix`) a Postfix that offers STARTTLS stands before
+the sink, and the mail of example.int goes to it.
+
 The sink writes down every message by its id, which is its recipient. After each
 run every message that was accepted has arrived once, or the run is no result and
 this program's exit status is 1.
@@ -74,7 +77,7 @@ import peers
 SERVERS = ("smtp", "postfix", "opensmtpd", "exim", "haraka")
 BEFORE = "before"               # an older binary of this server
 COMPARED = ("smtp", BEFORE, *SERVERS[1:])
-DOMAIN, DEAD_DOMAIN, SLOW_DOMAIN = "example.net", "example.com", "example.edu"
+DOMAIN, DEAD_DOMAIN, SLOW_DOMAIN, TLS_DOMAIN = "example.net", "example.com", "example.edu", "example.int"
 DOMAINS = [f"d{number}.example.net" for number in range(1, 21)]
 SIZE = 4096                     # octets of a message's body
 LARGE = 10 * 1024 * 1024
@@ -256,12 +259,12 @@ def send(source, peer, run, count, sessions, domains=(DOMAIN,), size=SIZE, keep=
 LETTER = "Subject: one message\n\n" + ("x" * 63 + "\n") * (SIZE // 64)
 
 
-def one_message(peer, sink, run, number):
+def one_message(peer, sink, run, number, domain=DOMAIN):
     """Sends a message; returns the seconds from the connection's beginning to the 250,
     and to its arrival at the sink."""
     began = time.monotonic()
     with lab.Client(peer.port, peer.host, timeout=60) as client:
-        reply = client.deliver("bench@example.org", [f"{number}{run}@{DOMAIN}"], LETTER)
+        reply = client.deliver("bench@example.org", [f"{number}{run}@{domain}"], LETTER)
         replied = time.monotonic()
         if not reply.startswith("250 "):
             raise Failed(f"the final dot: {reply}")
@@ -417,9 +420,26 @@ class Bench:
         self.sink = self._make_sink(resolver, len(DOMAINS) if resolver else 1)
         self.dead = self._make_sink(resolver)               # down until it is needed
         self.slow = self._make_sink(resolver, delay=1)      # so is this one
+        self._gateway, self._gateway_host = None, lab.loopback()
         self.dns = Unbound(directory, {DOMAIN: self.sink.host, **dict(zip(DOMAINS, self.sink.hosts)),
-                                       DEAD_DOMAIN: self.dead.host, SLOW_DOMAIN: self.slow.host}) if resolver else None
+                                       DEAD_DOMAIN: self.dead.host, SLOW_DOMAIN: self.slow.host,
+                                       TLS_DOMAIN: self._gateway_host}) if resolver else None
         self.sink.start()
+
+    @property
+    def gateway(self):
+        """Postfix, which offers STARTTLS and brings all mail to the sink."""
+        if self._gateway is None:
+            if lab.OPENSSL is None:
+                raise peers.Absent("there is no openssl here")
+            place = self.directory / "authority"
+            place.mkdir()
+            pem = lab.Authority(place).certificate(f"mx.{TLS_DOMAIN}")
+            self._gateway = peers.start(
+                "postfix", host=self._gateway_host, next_hop=(self.sink.host, self.sink.port),
+                services="{host}:25 inet n - n - 0 smtpd" if self.dns else "",
+                more=f"smtpd_tls_security_level = may\nsmtpd_tls_chain_files = {pem}")
+        return self._gateway
 
     def _make_sink(self, resolver, addresses=1, delay=0):
         hosts = [lab.loopback() for _ in range(addresses)]
@@ -430,20 +450,23 @@ class Bench:
         return Sink(self.directory, hosts, port, delay)
 
     def close(self):
+        if self._gateway:
+            self._gateway.stop()
         for sink in (self.sink, self.dead, self.slow):
             sink.close()
         if self.dns:
             self.dns.stop()
 
-    def start(self, name, sink=None):
+    def start(self, name, sink=None, options=(), **settings):
         """The peer, with a new spool, sending to where the name server says, or straight to
-        a sink."""
+        a sink; `options` are for this server."""
         sink = sink or self.sink
         way = {"nameserver": self.dns.host} if self.dns else {"next_hop": (sink.host, sink.port)}
         if name == BEFORE:
             way.update(binary=self._before, label=BEFORE)
             name = "smtp"
-        return peers.start(name, *(self.OPTIONS if name == "smtp" else ()), directory=self.directory, **way)
+        return peers.start(name, *((*self.OPTIONS, *options) if name == "smtp" else ()), directory=self.directory,
+                           **way, **settings)
 
     def run(self):
         """The name of the next run."""
@@ -496,13 +519,14 @@ def throughput_20(bench, peer, sessions):
     load(bench, peer, sessions, bench.rate(peer, sessions, DOMAINS), sessions, "twenty ", DOMAINS)
 
 
-def one_by_one(bench, peer, at, metric, most=30):
-    """Milliseconds of single messages, with nothing else to do."""
+def one_by_one(bench, peer, at, metric, most=30, domain=DOMAIN):
+    """Milliseconds of single messages, with nothing else to do; returns how many they were."""
     run, began, times = bench.run(), time.monotonic(), []
     while len(times) < most and time.monotonic() - began < (2 if bench.quick else 8):
-        times.append(one_message(peer, bench.sink, run, len(times)))
+        times.append(one_message(peer, bench.sink, run, len(times), domain))
     for name, values in zip(("reply", "arrival"), zip(*times)):
         bench.record(peer, metric + name, at, 1000 * statistics.median(values))
+    return len(times)
 
 
 def latency(bench, peer, _):
@@ -510,6 +534,27 @@ def latency(bench, peer, _):
     bench.rate(peer)
     quiet(peer)
     one_by_one(bench, peer, 0, "latency ")
+
+
+def tls_settings(name, encrypted):
+    """What tells a peer to send by TLS, or not to."""
+    known = {"smtp": {"options": ("-T", "must" if encrypted else "never")},
+             "postfix": {"more": f"smtp_tls_security_level = {'may' if encrypted else 'none'}"}}
+    if name not in known:
+        raise Beyond("its TLS is not set up here")
+    return known[name]
+
+
+def tls(bench, peer, encrypted):
+    """Messages one by one, and many, over connections that are kept: in plain and by TLS."""
+    metric, domains = "tls " if encrypted else "plain ", (TLS_DOMAIN,)
+    rate = bench.rate(peer, domains=domains)
+    quiet(peer)
+    cpu = peer.cpu()
+    count = one_by_one(bench, peer, 0, metric + "single ", domain=TLS_DOMAIN)
+    quiet(peer)
+    bench.record(peer, metric + "single cpu", 0, 1000 * (peer.cpu() - cpu) / count)
+    load(bench, peer, 0, rate, USUAL, metric, domains)
 
 
 def large(bench, peer, _):
@@ -640,12 +685,14 @@ class Measure(NamedTuple):
     quick: tuple                # the same with --quick
     every_round: bool = True    # no: it hardly varies and takes long, and is measured in the first round alone
     sink: str = "sink"          # the Bench's that mail goes to, where there is no name server
+    settings: Callable = lambda name, at: {}    # of a peer of this name, for this point
 
 
 MEASURES = {
     "throughput": Measure(throughput, SESSIONS, (1, USUAL)),
     "throughput-20": Measure(throughput_20, SESSIONS, (USUAL,)),
     "latency": Measure(latency, (0,), (0,)),
+    "tls": Measure(tls, (0, 1), (0, 1), sink="gateway", settings=tls_settings),
     "large": Measure(large, (0,), (0,)),
     "drain": Measure(drain, (WAITING,), (WAITING // 10,)),
     "drain-20": Measure(drain_20, (WAITING,), (WAITING // 10,)),
@@ -661,7 +708,8 @@ def measure(bench, name, at, peer_name):
     what = f"{name} at {at}" if at else name
     print(f"round {bench.round + 1}: {what}: {peer_name}", file=sys.stderr, flush=True)
     try:
-        with bench.start(peer_name, getattr(bench, MEASURES[name].sink)) as peer:
+        settings = MEASURES[name].settings(peer_name, at)
+        with bench.start(peer_name, getattr(bench, MEASURES[name].sink), **settings) as peer:
             MEASURES[name].run(bench, peer, at)
     except (peers.Absent, Beyond) as why:
         bench.note(f"{peer_name}: {what}: {why}")
@@ -813,6 +861,12 @@ SUMMARY = [
     ("syncs per message", "syncs", 0),
     ("one message, ms to the 250", "latency reply", 0),
     ("one message, ms to its arrival", "latency arrival", 0),
+    *((title.format(way), metric.format(metric_way), 0)
+      for way, metric_way in (("in plain", "plain"), ("by TLS", "tls"))
+      for title, metric in (("one message {}, through a Postfix, ms to its arrival", "{} single arrival"),
+                            ("... CPU ms", "{} single cpu"),
+                            ("many {}, over connections that are kept, delivered /s", "{} delivered"),
+                            ("... CPU ms per message", "{} cpu"))),
     ("KB per idle client", "idle", None),
     ("one message beside them, ms to its arrival", "crowded arrival", None),
     ("... a message from each of them, accepted /s", "crowd", None),
