@@ -2614,6 +2614,10 @@ static void talk(struct batch *b, struct exchange *x, struct message *m, struct 
     if (hello == SENT)
         x->progress = READY;
     x->accepting = false;
+    if (x->refusal == NO_MAIL) {        /* its greeting came by TLS; like one in plain, blame() reports it */
+        spend(x);
+        return;
+    }
     if (hello != SENT)
         settle_all(to, count, hello, x->label, x->words);
     else if (x->max_size > 0 && m->size > x->max_size)

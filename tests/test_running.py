@@ -220,9 +220,10 @@ def members(group):
 
 
 @pytest.mark.skipif("SANITIZED" in os.environ, reason="strace and sanitizers do not go together")
-def test_unit_permits_all_that_it_calls(world, strace):
-    """From a client's connection to the removed file.  Those of a start as root are left out: the
-    unit's server is none."""
+def test_unit_permits_all_that_it_calls(world, strace, authority):
+    """From a client's connection to the removed file, openssl's calls included.  Those of a start as root are
+    left out: the unit's server is none."""
+    world.exchanger.set(certificate=authority.certificate(world.exchanger.name))
     allowed, denied = [re.search(rf"^SystemCallFilter={sign}(@.*)$", (RUNNING / "smtp.service").read_text(), re.MULTILINE)[1]
                        .split() for sign in ("", "~")]
     permitted = set().union(*map(members, allowed)) - set().union(*map(members, denied))
@@ -231,7 +232,8 @@ def test_unit_permits_all_that_it_calls(world, strace):
         world.exchanger.wait_for_messages(1)
         wait_for(lambda: not world.relay.queue(), what="the message removed")
         called = set(re.findall(r"^\d+ +(\w+)\(", trace(), re.MULTILINE))
-    assert {"fsync", "connect", "sendto"} & called
+    assert {"fsync", "connect", "sendto", "execve"} <= called and world.exchanger.messages[0].connection.tls
+    assert "AF_UNIX" in re.search("^RestrictAddressFamilies=(.*)$", (RUNNING / "smtp.service").read_text(), re.M)[1]
     assert called <= permitted
 
 
@@ -471,6 +473,27 @@ def test_haproxy_says_who_the_client_is(relays, haproxy):
         assert client.greeting.startswith(f"554 5.7.1 {STRANGER} may not relay here")
         assert client.say("QUIT") == "221 2.0.0 OK" and client.eof()
     wait_for(lambda: any(relay.logged(rf"^{STRANGER}:\d+ refused: 554 ") for relay in made), what="the refusal in a log")
+
+
+def test_haproxy_gives_clients_tls(relays, start, authority, tmp_path):
+    """curl smtps:// is the client; who may relay is decided by its own address."""
+    curl, haproxy = program("curl"), program("haproxy")
+    settings, letter = tmp_path / "haproxy.cfg", tmp_path / "letter"
+    settings.write_text(replaced((RUNNING / "haproxy-tls.cfg").read_text(),
+                                 ("/etc/haproxy/relay.pem", authority.certificate("relay.example.org"))))
+    letter.write_text(LETTER % 1)
+    (server, *_), near = relays("-a", CLIENT)
+    start(haproxy, "-db", "-f", settings, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+    def send(source):
+        return subprocess.run([curl, "-sS", "smtps://relay.example.org", "--resolve", f"relay.example.org:465:{PROXY}",
+                               "--cacert", authority.pem, "--interface", source, "--mail-from", "nour@example.org",
+                               "--mail-rcpt", "b@example.net", "--crlf", "-T", letter], capture_output=True, text=True)
+    wait_for(lambda: send(CLIENT).returncode == 0, what="a letter that is taken")
+    message, = wait_for(lambda: near[0].messages + near[1].messages, what="the message")
+    assert f"([{CLIENT}]:".encode() in message.data and b"Dear Nour" in message.data
+    assert send(STRANGER).returncode != 0
+    server.wait_for_log(rf"^{STRANGER}:\d+ refused: 554 ")
 
 
 @pytest.fixture

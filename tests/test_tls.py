@@ -24,7 +24,7 @@ from pathlib import Path
 
 import pytest
 
-from lab import HOSTNAME, OPENSSL, Exchanger, loopback, run, wait_for
+from lab import HOSTNAME, OPENSSL, WATCHED, Exchanger, loopback, run, wait_for
 
 LARGE = b"Subject: x\r\n\r\n" + 160_000 * (b"x" * 62 + b"\r\n")     # 10 MB
 NAME, PASSWORD = "nour@example.org", "correct horse \u00e9 battery"
@@ -1045,6 +1045,7 @@ def memory_of(pid):
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root may look into another process")
+@pytest.mark.skipif(WATCHED, reason="its memory is mostly its watcher's")
 def test_a_process_that_forwards_nothing_forgets_the_password(smarthost, wrapped):
     """The one that serves the clients of a full table on.  The server has it once, in its settings."""
     server = smarthost.start_relay("-c", "0", binary=wrapped("ulimit -n 64"))
