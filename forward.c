@@ -201,6 +201,16 @@ static void *allocate(void *old, size_t size)
     return memory;
 }
 
+/* An array of zeros. */
+static void *allocate_array(size_t count, size_t size)
+{
+    void *memory = calloc(count, size);
+
+    if (memory == NULL)
+        die_of_memory();
+    return memory;
+}
+
 static char *copy_text(const char *text)
 {
     return strcpy(allocate(NULL, strlen(text) + 1), text);
@@ -428,13 +438,8 @@ bool draft_open(struct draft *d, unsigned port)
     make_id(d->id, port);
     d->error = 0;
     d->fd = create_draft(d->id);
-    /* The spool was taken away, and may be back: on another disk, or empty. */
-    if (d->fd < 0 && errno == ENOENT) {
-        if (chdir(settings.spool) != 0)
-            logmsg("cannot enter the spool %s (%s)", settings.spool, strerror(errno));
-        if (make_directory("tmp") && make_directory("queue"))
-            d->fd = create_draft(d->id);
-    }
+    if (d->fd < 0 && errno == ENOENT && chdir(settings.spool) == 0)     /* the spool may have been replaced */
+        d->fd = create_draft(d->id);
     if (d->fd >= 0)
         return true;
     d->error = errno;
@@ -496,8 +501,7 @@ static bool move_to_queue(const char *id)
     char path[16 + ID_SIZE];
 
     strcpy(path, spool_path("tmp", id));
-    return rename(path, spool_path("queue", id)) == 0
-        || (errno == ENOENT && make_directory("queue") && rename(path, spool_path("queue", id)) == 0);
+    return rename(path, spool_path("queue", id)) == 0;
 }
 
 /* Makes a draft a message: locked, durable, in the queue.  When this returns
@@ -1470,8 +1474,9 @@ static void become_openssl(const char *name, const char *path, int plain, int er
  * nothing, they stay. */
 static void quote_openssl(struct exchange *x, const struct tunnel *t)
 {
-    static const char *const signs[] = { "verify error:", "error:", "" };   /* what says most comes first */
-    char text[4096], *said = NULL;
+    static const char *const signs[] = { "verify error:", "error:" };   /* the more telling one comes first */
+    char text[4096];
+    const char *said = NULL;
     ssize_t n = read(t->errors, text, sizeof text - 1);
 
     if (n <= 0)
@@ -1480,8 +1485,10 @@ static void quote_openssl(struct exchange *x, const struct tunnel *t)
         if (text[i] != '\n' && (text[i] < ' ' || text[i] > '~'))
             text[i] = '?';
     text[n] = '\0';
-    for (size_t i = 0; said == NULL; i++)
+    for (size_t i = 0; said == NULL && i < sizeof signs / sizeof signs[0]; i++)
         said = strstr(text, signs[i]);
+    if (said == NULL)
+        said = text;
     snprintf(x->words, sizeof x->words, "4.7.5 no TLS: %.*s", (int)strcspn(said, "\n"), said);
 }
 
@@ -2912,7 +2919,8 @@ static size_t make_parties(struct message *m, struct recipient **order, struct p
         if (m->recipients[i].outcome != LATER || has_party(&m->recipients[i], parties, count))
             continue;
         *p = (struct party){ .to = order };
-        for (size_t k = i; k < m->count; k++)
+        p->to[p->count++] = &m->recipients[i];
+        for (size_t k = i + 1; k < m->count; k++)
             if (m->recipients[k].outcome == LATER && share_party(&m->recipients[i], &m->recipients[k]))
                 p->to[p->count++] = &m->recipients[k];
         order += p->count;
@@ -3074,8 +3082,8 @@ static void give_back(struct message *m)
  * recorded. */
 static enum reach try_message(struct batch *b, struct message *m, struct draft *report)
 {
-    struct recipient **order = allocate(NULL, m->count * sizeof *order);
-    struct party *parties = allocate(NULL, m->count * sizeof *parties);
+    struct recipient **order = allocate_array(m->count, sizeof *order);
+    struct party *parties = allocate_array(m->count, sizeof *parties);
     enum reach reach = REACHED;
     size_t count;
 
@@ -3678,7 +3686,7 @@ void manage_queue(int due_fd, pid_t server)
     sigset_t open;
 
     batch_limit = (unsigned)(settings.forwarders - fresh_slots());
-    batches = allocate(NULL, batch_limit * sizeof *batches);
+    batches = allocate_array(batch_limit, sizeof *batches);
     sigemptyset(&action.sa_mask);
     sigaction(SIGHUP, &action, NULL);
     sigaction(SIGCHLD, &action, NULL);

@@ -2,16 +2,20 @@
 
     python3 tests/crash.py 300        that many rounds; status 1 if a message was lost
 
-Every round starts the relay on the same spool, lets clients send to it, and kills
-the whole process group with SIGKILL.  At the end the relay is left to empty its
+Every round starts the relay on the same spool, lets clients send to it, kills one of
+its processes (the queue manager, a batch, a transaction's child) and then the whole
+process group with SIGKILL.  At the end the relay is left to empty its
 queue, and every message is accounted for: what was acknowledged has arrived,
 and whole.  What arrived twice was hit between the exchanger's 250 and its
 record, the one window in which that may happen: the relay was killed between
 the two arrivals, and has logged but one of them as sent.
 """
 import collections
+import contextlib
+import os
 import random
 import re
+import signal
 import sys
 import tempfile
 import threading
@@ -73,11 +77,22 @@ class Soak:
         clients = [threading.Thread(target=self._send) for _ in range(CLIENTS)]
         for client in clients:
             client.start()
-        time.sleep(random.uniform(0, LIFE))     # not to wait for anything: to hit anything
+        time.sleep(random.uniform(0, LIFE / 2)) # not to wait for anything: to hit anything
+        self._kill_one()
+        time.sleep(random.uniform(0, LIFE / 2))
         self._relay.kill()
         self.kills.append(time.monotonic())     # by now nothing of it runs
         for client in clients:
             client.join()
+
+    def _kill_one(self):
+        """Any process of the relay but the server, if there is one just now."""
+        family = lab.children(self._relay.pid)
+        family += [batch for child in family for batch in lab.children(child)]
+        if family:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(random.choice(family), signal.SIGKILL)
+                self.kills.append(time.monotonic())
 
     def _send(self):
         """Sends until the relay is no more."""

@@ -7,7 +7,7 @@ import re
 import pytest
 
 from crash import soak
-from lab import wait_for
+from lab import children, wait_for
 
 BODY = "Subject: x\n\nDear Nour\n"
 
@@ -36,27 +36,35 @@ def life(trace):
 
 
 @pytest.mark.skipif("SANITIZED" in os.environ, reason="strace and sanitizers do not go together")
-def test_killed_at_each_system_call(world, strace):
-    """Whichever process comes to a call for the n-th time is killed there, and
-    then all others are.  A sample of the calls, or with CRASH=all every one."""
-    relay, exchanger = world.relay, world.exchanger
-    with relay.client() as client, strace(relay.pid, "trace=all") as trace:
+@pytest.mark.parametrize("forwarders", [50, 1], ids=["server", "manager"])
+def test_killed_at_each_system_call(world, relay, tmp_path, strace, forwarders):
+    """Whichever process comes to a call for the n-th time is killed there, and then all others are:
+    the server and the child that stores and forwards; or, where no slot is for fresh mail, the
+    queue manager and its batch.  A sample of the calls, or with CRASH=all every one."""
+    exchanger = world.exchanger
+    server = relay("-j", forwarders, mx_port=exchanger.port, spool=tmp_path / "other")
+
+    def victim():
+        manager = wait_for(lambda: children(server.pid), what="the queue manager")[0]
+        return server.pid if forwarders > 1 else manager
+
+    with server.client() as client, strace(victim(), "trace=all") as trace:
         assert send(client)
         exchanger.wait_for_messages(1)
-        wait_for(lambda: not relay.queue(), what="the message removed")
+        wait_for(lambda: not server.queue(), what="the message removed")
         points = life(trace())
     assert len(points) > 50
     if os.environ.get("CRASH") != "all":
-        points = random.sample(points, 12)
+        points = random.sample(points, 8)
     for name, n in points:
         before = len(exchanger.messages)
-        with relay.client() as client, strace(relay.pid, f"inject={name}:signal=KILL:when={n}"):
+        with server.client() as client, strace(victim(), f"inject={name}:signal=KILL:when={n}"):
             acknowledged = send(client)
-            relay.kill()
+            server.kill()
         arrived = len(exchanger.messages) - before
-        relay.start()
-        relay.hangup()
-        wait_for(lambda: not relay.queue(), what=f"an empty queue after {name} number {n}")
+        server.start()
+        server.hangup()
+        wait_for(lambda: not server.queue(), what=f"an empty queue after {name} number {n}")
         got = len(exchanger.messages) - before
         assert got >= acknowledged, f"killed at {name} number {n}: acknowledged, and lost"
         assert got <= 1 + arrived, f"killed at {name} number {n}: sent again after its record"

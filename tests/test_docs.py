@@ -6,7 +6,9 @@ import pytest
 import portability
 from lab import ROOT, run
 
-DOCS = sorted(ROOT.glob("docs/*.md")) + [ROOT / "README.md"]
+DOCS = sorted(ROOT.glob("docs/**/*.md")) + [ROOT / "README.md"]
+COURSE = "".join(path.read_text() for path in ROOT.glob("docs/course/*.c"))
+IN_THE_COURSE = ROOT / "docs" / "course"
 SOURCES = "".join((ROOT / name).read_text() for name in ("smtp.h", "smtp.c", "forward.c", "dns.c"))
 TESTS = "".join(path.read_text() for path in ROOT.glob("tests/**/test_*.py"))
 OPTIONS = sorted(set(re.findall(r"(?<!\S)\(?-(\w)\b", run("-h").stderr)))
@@ -18,12 +20,44 @@ def test_tests_that_are_named_exist(path):
     assert [name for name in sorted(named) if f"def {name}(" not in TESTS] == []
 
 
+# What pages may name beside functions of ours: what POSIX, C or Python has, and what a page suggests to write.
+SYSTEM = set("""_encode _exit abort accept alarm bind close connect do_xwho exit fcntl fork fsync ftruncate getaddrinfo getopt
+    htons inet_ntop listen malloc open pipe poll pselect read realloc recv rename select send sigaction
+    sigprocmask socket transcript unlink wait_for waitpid write""".split())
+NAME = r"\b([a-z_][a-z0-9_]*)\(\)"
+
+
+def defined(name, sources):
+    return re.search(rf"^(?:[a-z].*\W)?{re.escape(name)}\([^;]*$", sources, re.MULTILINE) is not None
+
+
 @pytest.mark.parametrize("path", DOCS, ids=lambda path: path.name)
 def test_functions_that_are_named_exist(path):
-    """Those of ours: what is not in the source is a system's, and has no business in a page that names it alone."""
-    text = re.sub(r"(?s)```yaml.*?```", "", path.read_text())      # a CI has functions of its own
-    named = set(re.findall(r"\b([a-z_]+)\(\)", text))
-    assert [name for name in sorted(named) if not re.search(rf"\b{name}\(", SOURCES)] == []
+    """In the course also those of its programs; but what it says of the real one is about the real one."""
+    text = re.sub(r"(?s)```(?:yaml|console).*?```", "", path.read_text())      # a CI has functions of its own
+    here = re.search(r"(?s)^## In the real one$.*?(?=^## )", text, re.MULTILINE)
+    unknown = set(re.findall(NAME, here[0] if here else "")) - SYSTEM
+    unknown = {name for name in unknown if not defined(name, SOURCES)}
+    sources = SOURCES + COURSE if path.parent == IN_THE_COURSE else SOURCES
+    unknown |= {name for name in set(re.findall(NAME, text)) - SYSTEM if not defined(name, sources)}
+    assert sorted(unknown) == []
+
+
+@pytest.mark.parametrize("path", DOCS, ids=lambda path: path.name)
+def test_tables_and_types_that_are_named_exist(path):
+    text = path.read_text()
+    named = re.findall(r"`((?:struct|enum|union) \w+)`", text)
+    named += [name + "[" for name in re.findall(r"`(\w+)\[\]`", text)]
+    assert [name for name in named if name not in SOURCES + COURSE] == []
+
+
+@pytest.mark.parametrize("path", DOCS, ids=lambda path: path.name)
+def test_lines_that_are_quoted_exist(path):
+    """Those in blocks that are marked as C; `...` is what was left out."""
+    lines = {line.strip() for line in (SOURCES + COURSE).splitlines()}
+    blocks = re.findall(r"^ *```c\n(.*?)^ *```$", path.read_text(), re.MULTILINE | re.DOTALL)
+    quoted = [line.strip() for block in blocks for line in block.splitlines()]
+    assert [line for line in quoted if line not in lines and line != "..."] == []
 
 
 @pytest.mark.parametrize("path", DOCS, ids=lambda path: path.name)
@@ -36,6 +70,31 @@ def test_every_option_is_explained_everywhere():
     readme = re.findall(r"^\| `-(\w)[ `]", (ROOT / "README.md").read_text(), re.MULTILINE)
     manual = re.findall(r"^\.It Fl (\w)", (ROOT / "docs" / "smtp.8").read_text(), re.MULTILINE)
     assert sorted(readme) == sorted(manual) == OPTIONS
+
+
+def test_every_option_of_the_usage_text_is_taken():
+    """getopt() has its letter."""
+    assert [letter for letter in OPTIONS if "there is no option" in run(f"-{letter}").stderr] == []
+
+
+def test_every_letter_for_getopt_is_explained():
+    letters = re.search(r'getopt\(argc, argv, ":([^"]+)"\)', SOURCES)[1].replace(":", "")
+    assert sorted(letters) == OPTIONS
+
+
+def test_help_names_the_verbs():
+    """All that do something."""
+    rows = re.search(r"commands\[\] = \{\n(.*?)\n\};", SOURCES, re.DOTALL)[1]
+    verbs = re.findall(r'^ *\{ "(\w+)", (?:do_(?!http)\w+|NULL, "2)', rows, re.MULTILINE)
+    named = re.search(r'"214 2\.0\.0 ([A-Z ]+):', rows)[1].split()
+    assert len(verbs) > 8 and sorted(named) == sorted(verb for verb in verbs if verb != "HELP")
+
+
+def test_the_index_of_fixtures_is_whole():
+    fixtures = re.findall(r"@pytest\.fixture.*\ndef (\w+)", (ROOT / "tests" / "conftest.py").read_text())
+    section = (ROOT / "docs" / "changing.md").read_text().partition("\n## The tests' fixtures\n")[2]
+    rows = re.findall(r"^\| (`.*?) \| ", section, re.MULTILINE)
+    assert sorted(re.findall(r"`(\w+)`", " ".join(rows))) == sorted(fixtures)
 
 
 def test_the_matrix_is_that_of_make_portability():

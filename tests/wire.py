@@ -268,8 +268,8 @@ more, and all the rest of a session costs nearly nothing beside it. So *count th
 ## With pipelining: {len(fast)} flights
 
 The exchanger offers PIPELINING (RFC 2920). Then the commands from MAIL to DATA go in one packet, by one `write()`, and
-their replies are read in the same order. `compose_envelope()` in forward.c writes them, `take_envelope_reply()` reads the
-answers.
+their replies are read in the same order. `compose_envelope()` in forward.c puts them together, and `say_envelope()` sends
+them and reads the replies.
 
 {show(fast)}
 Why does the message not go in the same packet as well? RFC 2920 says that DATA is the last of a group: whether there is
