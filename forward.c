@@ -26,15 +26,15 @@
  *
  * The life of a message:
  *
- *   where       state                who moves it on         what a crash leaves
- *   tmp/        being received       server: final dot       a stale file: nobody was told
- *                                    or draft_drop()         250; cleared by the runner
- *   tmp/        being made durable   child: fsync, rename,   the same, or the next state:
- *                                    fsync of queue/         a message nobody was told of
- *   queue/,     owed, being tried    its forwarder, which    the lock is gone, the next
- *    locked                          has put the next try    try is due as if this one
- *                                    ahead before it began   had failed
- *   queue/      owed, waiting        the runner, when due    itself
+ *   where       state                moved on by             what a crash leaves
+ *   tmp/        being received       server: final dot       a stale file, for which no 250 was
+ *                                    or draft_drop()         given; clear_drafts() removes it
+ *   tmp/        being made durable   child: fsync, rename,   the same, or the next state,
+ *                                    fsync of queue/         without a 250
+ *   queue/,     owed, being tried    its forwarder, which    the lock is gone; the next try is
+ *    locked                          has put the next try    due as if this one had failed
+ *                                    ahead before it began
+ *   queue/      owed, waiting        a batch, when due       itself
  *   none        delivered, reported  -                       -
  *               or dropped
  *
@@ -46,16 +46,16 @@
  *
  * Contents.  Each chapter calls only those above it.  To follow a message, begin with
  * draft_store() and draft_forward(), in "Forwarders", and go up from there; then read
- * run_queue(), in "The queue manager".
+ * manage_queue(), in "The queue manager".
  *
  *   Names and times    ids, dates, due times, and memory
  *   The spool          drafts, and how they become durable
  *   Messages           reading a file of the queue back
  *   Outcomes           what is written below the dot
- *   Exchangers         who takes mail for a domain
+ *   Exchangers         the route: where mail for a domain goes
  *   TLS                openssl(1) between us and an exchanger
  *   The dialogue       the client's side of SMTP
- *   The race           who answers first
+ *   The race           which exchanger answers first
  *   Delivery           one message to one domain
  *   Reports            RFC 3464
  *   Forwarders         one message to all its domains
@@ -82,7 +82,7 @@ enum {
     BLOCK = 65536,              /* octets of a message read or sent at once */
     SPOOL_LINE = 8192,          /* the longest line the spool has above and below a body */
     SAID_LIMIT = 4096,          /* octets that exchangers say of a recipient in one try, as far as they are recorded */
-    STALE = 3600,               /* seconds, beside IDLES times -t, after which nobody writes to a draft any more */
+    STALE = 3600,               /* seconds, beside IDLES times -t, after which a draft is abandoned */
     RETRY_LIMIT = 3600,         /* seconds between tries at most */
     TRY_LIMIT = 3 * 3600,       /* seconds a try may take ... */
     TRY_STEPS = 20,             /* ... or this many times -w: to connect to ten exchangers and to be greeted */
@@ -338,7 +338,7 @@ void spool_enter(uid_t owner, gid_t group)
     settings.spool = path;
 }
 
-/* Removes drafts that nobody can be writing to any more. */
+/* Removes drafts that no process can be writing to any more. */
 static void clear_drafts(void)
 {
     DIR *tmp = opendir("tmp");
@@ -358,9 +358,8 @@ static void clear_drafts(void)
         closedir(tmp);
 }
 
-/* Whoever could write to the spool, or to a directory of it (`name`, behind a
- * slash), could put mail there, or links in the place of mail.  Dies where that
- * is so. */
+/* Dies if other users may write to the spool, or to a directory of it (`name`, behind
+ * a slash): they could put mail there, or links in the place of mail. */
 static void check_directory(const char *name)
 {
     struct stat st;
@@ -655,7 +654,7 @@ static struct recipient *find_recipient(struct message *m, const char *address)
     return NULL;
 }
 
-/* Who is named twice gets it once. */
+/* An address that is named twice gets the message once. */
 static void add_recipient(struct message *m, const char *address)
 {
     static const struct recipient fresh;
@@ -1075,11 +1074,11 @@ static void no_route(struct route *route, enum outcome outcome, const char *form
     route->outcome = outcome;
 }
 
-/* When this process has to be done with its try, by clock_ms(): then every step
- * is over, and what is left is for later.  Children have it from their parent. */
+/* By clock_ms(): the end of this process's try.  No step lasts longer, and what is
+ * left then is for later.  Children inherit it. */
 static int64_t try_end;
 
-/* Addresses nobody sends mail to: unspecified, multicast, broadcast. */
+/* Unspecified, multicast and broadcast addresses are of no use. */
 static bool is_usable(const union address *a)
 {
     if (a->sa.sa_family == AF_INET6)
@@ -1266,7 +1265,7 @@ static void add_exchangers(struct route *route, const struct dns_record *mx, siz
         }
         for (size_t k = 0; k < q->count && !self; k++)
             self = !add_address(route, q->name, mx[i / 2].preference, q->records[k].address, port);
-        /* RFC 5321 5.1: who is not better than we are would send it back to us. */
+        /* An exchanger that is not better than we are would send it back to us: RFC 5321 5.1. */
         while (self && route->count > 0 && route->x[route->count - 1].preference >= mx[i / 2].preference)
             route->count--;
     }
@@ -1276,7 +1275,7 @@ static void add_exchangers(struct route *route, const struct dns_record *mx, siz
 }
 
 /* Asks for the domain's exchangers (RFC 5321 5.1). */
-static void add_domain(struct route *route, const char *domain)
+static void add_exchangers_of(struct route *route, const char *domain)
 {
     struct dns_query *query = allocate(NULL, sizeof *query);
     struct dns_record implicit = { .preference = 0 };
@@ -1337,7 +1336,7 @@ static void find_route(struct route *route, const char *domain)
         strcpy(host.name, settings.smarthost);
         add_exchangers(route, &host, 1, port);
     } else {
-        add_domain(route, domain);
+        add_exchangers_of(route, domain);
     }
 }
 
@@ -2745,7 +2744,7 @@ static enum reach deliver(struct batch *b, struct message *m, struct recipient *
     return reach;
 }
 
-/* Who has waited as long as mail may wait has waited in vain. */
+/* Gives up on the recipients that are still owed a message as old as mail may get. */
 static void expire(const struct message *m, struct recipient **to, size_t count)
 {
     for (size_t i = 0; i < count; i++) {
@@ -2929,10 +2928,10 @@ static size_t make_parties(struct message *m, struct recipient **order, struct p
     return count;
 }
 
-/* What the child for one domain does.  It holds a lock of its own, on the octet
- * of its number, while its parent keeps octet 0: if the parent is killed, nobody
- * tries the message again before the child is done, too.  What failed is left to
- * the parent, who reports it before it is recorded. */
+/* The life of the child for one domain.  It holds a lock of its own, on the octet of
+ * its number, while its parent keeps octet 0: if the parent is killed, no process
+ * tries the message again before this child has ended, too.  What failed is left to
+ * the parent, which reports it before it is recorded. */
 static void try_party(struct batch *b, struct message *m, const struct party *p, off_t number, pid_t parent,
     struct draft *failures)
 {
@@ -2979,7 +2978,7 @@ static void read_results(struct message *m, const struct draft *failures)
         m->recipients[i].unrecorded = m->recipients[i].unrecorded && m->recipients[i].outcome == FAILED;
 }
 
-/* Several domains, some side by side, so that a dead one delays no other. */
+/* Tries several domains, some side by side, so that a dead one delays no other. */
 static void deliver_parties(struct batch *b, struct message *m, const struct party *parties, size_t count)
 {
     struct draft failures;
@@ -3263,7 +3262,7 @@ static unsigned batch_count, batch_limit;
 
 static volatile sig_atomic_t all_due;
 
-static void on_signal(int number)
+static void on_wake(int number)
 {
     if (number == SIGHUP)
         all_due = 1;        /* SIGCHLD only has to interrupt pselect() */
@@ -3682,7 +3681,7 @@ static bool wait_for_due(int due_fd, int64_t until, const sigset_t *open)
 
 void manage_queue(int due_fd, pid_t server)
 {
-    struct sigaction action = { .sa_handler = on_signal };
+    struct sigaction action = { .sa_handler = on_wake };
     sigset_t open;
 
     batch_limit = (unsigned)(settings.forwarders - fresh_slots());

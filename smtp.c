@@ -13,7 +13,7 @@
  *   Lines              what a line is
  *   Sessions           what is known of a client
  *   Replies            what it is told
- *   Children           every fork, and who is still running
+ *   Children           every fork, and the children that run
  *   Addresses          the grammar of RFC 5321 4.1.2
  *   Access             which clients may relay, and to which domains
  *   Commands           the dialogue
@@ -1024,7 +1024,7 @@ static const char *read_mail_parameters(const char *p, bool *eight_bit)
 }
 
 /* Begins a transaction, which has no draft yet.  Returns the reply if it cannot, or NULL. */
-static const char *begin_transaction(struct session *s, const char *from)
+static const char *open_transaction(struct session *s, const char *from)
 {
     s->tx = calloc(1, sizeof *s->tx);
     if (s->tx == NULL)
@@ -1047,7 +1047,7 @@ static void do_mail(struct session *s, const char *argument)
     if (path != NULL)
         rest = strncmp(path, "<>", 2) == 0 ? path + 2 : take_path(path, mailbox, &fault);
     if (rest != NULL) {
-        fault = begin_transaction(s, mailbox);
+        fault = open_transaction(s, mailbox);
         if (fault == NULL)
             fault = read_mail_parameters(rest, &eight_bit);
         if (fault == NULL && !draft_open(&s->tx->draft, s->port))
@@ -1538,7 +1538,7 @@ static void hear(struct session *s)
 
 /* Tells the client what became of its message, and goes on with what it has sent
  * meanwhile. */
-static void end_transaction(struct session *s, const char *line)
+static void finish_message(struct session *s, const char *line)
 {
     reply(s, "%s", line);
     reset(s);
@@ -1561,7 +1561,7 @@ static void take_result(struct session *s)
     line[n > 0 ? n : 0] = '\0';
     line[strcspn(line, "\n")] = '\0';
     close_fd(&s->pipe);
-    end_transaction(s, line[0] != '\0' ? line : draft_refusal(EIO));
+    finish_message(s, line[0] != '\0' ? line : draft_refusal(EIO));
 }
 
 /* Gives complete messages to children, up to STORING_AT_ONCE at a time.  Each round
@@ -1582,7 +1582,7 @@ static void start_transactions(void)
             s->phase = STORING;
             storing++;
         } else {
-            end_transaction(s, draft_refusal(EAGAIN));
+            finish_message(s, draft_refusal(EAGAIN));
         }
     }
 }
@@ -1678,8 +1678,8 @@ static void divide(void)
     }
 }
 
-/* Accepts who waits.  That a listening socket is readable promises nothing:
- * the client may have gone, or there is no descriptor for it. */
+/* Accepts the clients that wait.  A readable listening socket promises nothing: the
+ * client may have gone, or there is no descriptor for it. */
 static void accept_clients(int listener)
 {
     for (int i = 0; i < ACCEPTS; i++) {
@@ -1704,7 +1704,7 @@ static void accept_clients(int listener)
         }
         if (fd < 0)
             return;
-        if (size == 0) {            /* macOS: it has gone again, and nobody knows who it was */
+        if (size == 0) {            /* macOS: the client has gone again, and its address is unknown */
             close(fd);
             continue;
         }
@@ -1791,8 +1791,8 @@ static sigset_t catch_signals(void)
     sigprocmask(SIG_BLOCK, &blocked, NULL);
     for (size_t i = 0; i < sizeof caught / sizeof caught[0]; i++)
         sigaction(caught[i], &action, NULL);
-    signal(SIGPIPE, SIG_IGN);       /* who hangs up is told by write() */
-    signal(SIGXFSZ, SIG_IGN);       /* and a file that may not grow, too */
+    signal(SIGPIPE, SIG_IGN);       /* write() says that a client has hung up, ... */
+    signal(SIGXFSZ, SIG_IGN);       /* ... and that a file may not grow */
     return open;
 }
 
@@ -1943,7 +1943,7 @@ static void add_network(struct networks *networks, int option, const char *text)
     networks->list[networks->count++] = network_parse(option, text);
 }
 
-static void add_domain(const char *text)
+static void add_relayed_domain(const char *text)
 {
     const char **more = realloc(settings.domains, (settings.domain_count + 1) * sizeof *more);
     union address literal;
@@ -2157,8 +2157,8 @@ static void check_sources(void)
     }
 }
 
-/* Whom root becomes: a user, or a number that is both user and group, for where
- * there is nobody to ask for names, as in an empty chroot. */
+/* The user that root becomes: a name, or a number that is both user and group, for
+ * systems without names, such as an empty chroot. */
 static const struct passwd *find_user(const char *name)
 {
     static struct passwd nameless;
@@ -2265,7 +2265,7 @@ static enum task read_options(int argc, char **argv, unsigned *port, const char 
         case 'a': add_network(&settings.allowed, option, optarg); break;
         case 'b': add_source(optarg); break;
         case 'c': settings.per_address = (long)number(option, optarg, 0, LONG_MAX); break;
-        case 'd': add_domain(optarg); break;
+        case 'd': add_relayed_domain(optarg); break;
         case 'e': settings.expire = (long)quantity(option, optarg, &time_units, 1, LONG_MAX / 1000); break;
         case 'h': settings.hostname = optarg; break;
         case 'j': settings.forwarders = (long)number(option, optarg, 1, 10000); break;
@@ -2290,7 +2290,7 @@ static enum task read_options(int argc, char **argv, unsigned *port, const char 
         case 'w': settings.wait = (long)quantity(option, optarg, &time_units, 1, 86400); break;
         case 'X': add_network(&settings.proxies, option, optarg); break;
         case ':':
-            if (optopt == 'h')      /* who says smtp -h wants help */
+            if (optopt == 'h')      /* smtp -h alone asks for help */
                 usage();
             misused("-%c needs a value (smtp -h explains the options)", optopt);
             break;
@@ -2303,8 +2303,9 @@ static enum task read_options(int argc, char **argv, unsigned *port, const char 
     return task;
 }
 
-/* Descriptors 0 to 2 exist, else a client's socket might become our stderr; and
- * no others do: whoever started us would wait for the end of what we hold. */
+/* Makes sure that descriptors 0 to 2 exist, or a client's socket might become our
+ * stderr, and closes all others: the program that started us may wait for the end of
+ * a pipe that we would hold open. */
 static void settle_descriptors(void)
 {
     int fd;
@@ -2318,7 +2319,7 @@ static void settle_descriptors(void)
         close(fd);
 }
 
-/* A pipe from children to us, where nobody ever waits. */
+/* Makes a pipe neither end of which ever blocks. */
 static void open_pipe(int ends[2])
 {
     if (pipe(ends) != 0)

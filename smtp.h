@@ -6,7 +6,7 @@
  *   dns.c       names to addresses
  *
  * Calls run one way, smtp.c to forward.c to dns.c.  Shared back are only the
- * log, die(), the line reader and the settings, which nobody writes once the
+ * log, die(), the line reader and the settings, which do not change once the
  * loop runs.  Every file includes this header first, so that the feature
  * macros below come before any system header.
  */
@@ -82,8 +82,8 @@ struct settings {
     const char *spool;              /* -q: absolute path of the spool */
     const char *postmaster;         /* -M: where <Postmaster> goes */
     struct networks allowed;        /* -a: clients that may relay */
-    struct networks proxies;        /* -X: who tells us in whose name it connects */
-    const char **domains;           /* -d: the only ones mail is taken for, `domain_count` of them; 0: all */
+    struct networks proxies;        /* -X: proxies that name the client they speak for */
+    const char **domains;           /* -d: `domain_count` domains that mail is taken for; 0: all */
     size_t domain_count;
     long per_address;               /* -c: connections from one client address at once, 0 for any number */
     const union address *listening; /* what we accept connections on */
@@ -174,7 +174,7 @@ void draft_add(struct draft *d, const char *bytes, size_t size);
 /* Closes the draft and removes it. */
 void draft_drop(struct draft *d);
 
-/* Closes this process's descriptor of it; the file is somebody else's now. */
+/* Closes this process's descriptor of the draft; another process owns the file now. */
 void draft_forget(struct draft *d);
 
 /* The reply for a draft that failed with `error`: 452 or 451, without line end. */

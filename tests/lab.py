@@ -952,7 +952,7 @@ class Relay:
 
     def expect_unharmed(self, host, timeout=20):
         """Whatever was done to it, nothing is left of that: it holds what it held when it
-        was fresh, with no child but the queue runner, and the spool holds only what it
+        was fresh, with no child but the queue manager, and the spool holds only what it
         says to be owed still.  And it is at work: a client is greeted, and his message
         arrives at an exchanger, which this makes at `host`."""
         if self.process.poll() is not None:

@@ -114,7 +114,7 @@ def test_a_clock_after_2038(world, relay, tmp_path, wrapped):
         pytest.skip("libfaketime is a library for other programs than this one")
     world.exchanger.set(replies={("RCPT", "<later@example.net>"): "451 4.7.1 later"})
     server = relay("-r", 1000, binary=binary, mx_port=world.exchanger.port, spool=tmp_path / "other")
-    # Files are stamped by another clock than the program's, for which every draft is stale: so the runner must
+    # Files are stamped by another clock than the program's, for which every draft is stale: so the manager must
     # have looked for such, which it does before it looks into the queue, when there is none yet.
     server.stop()
     junk = put(server, "20261123T110819.123456-54321-1f3a", ["nothing of a message"])

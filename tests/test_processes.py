@@ -177,7 +177,7 @@ def test_what_waits_for_one_exchanger_shares_connections(world, narrow):
     """Each message whole, for its own recipient, after RSET; and QUIT is said at the end."""
     def shared():
         connections[:] = drained(world, narrow, letters, later)
-        return len(connections) < len(letters)      # not where the runner is slower than the exchanger
+        return len(connections) < len(letters)      # not where the manager is slower than the exchanger
 
     letters = [{"to": [f"b{number}@example.net"], "body": f"Subject: {number}\n\nx\n"} for number in range(8)]
     connections, later = [], [0]

@@ -54,12 +54,12 @@ def put(server, *recipients, sender="", age=0, due=LONG_AGO, outcomes=(), body="
 
 
 def look_through(server):
-    """Has the runner look through the queue, and waits until it has: what it finds last
+    """Has the manager look through the queue, and waits until it has: what it finds last
     of all is found in a second look, and so the first is over."""
     for _ in range(2):
         sentinel = put(server, "b@nowhere.invalid")     # fails at once, and is reported to nobody
         server.hangup()
-        wait_for(lambda: not sentinel.exists(), what="the runner's look through the queue")
+        wait_for(lambda: not sentinel.exists(), what="the manager's look through the queue")
 
 
 def outcomes_in(path):
@@ -84,9 +84,9 @@ def received_by(*each):
     return Counter(path for exchanger in each for message in exchanger.messages for path in message.recipients)
 
 
-def runner_of(server):
-    """The queue runner: the only child of a server that has no message in hand."""
-    return wait_for(lambda: min(children(server.pid), default=None), what="a queue runner")
+def manager_of(server):
+    """The queue manager: the only child of a server that has no message in hand."""
+    return wait_for(lambda: min(children(server.pid), default=None), what="a queue manager")
 
 
 class Withheld:
@@ -155,7 +155,7 @@ def test_mixed_recipients_across_a_kill(house):
 
 def test_done_is_done_even_where_the_message_cannot_be_removed(house, strace):
     world = house()
-    runner_of(world.relay)
+    manager_of(world.relay)
     with strace(world.relay.pid, "inject=/^unlink:error=EIO") as trace:
         world.relay.send("b@example.net")
         world.relay.outcomes("b@example.net")
@@ -183,13 +183,13 @@ def test_record_that_fails_takes_no_earlier_one_with_it(house, strace):
 def test_message_that_cannot_be_read_is_left_as_it_is(house, strace, torn):
     """Its records say who has it already: without them it would be sent again."""
     world = house()
-    runner = runner_of(world.relay)
+    manager = manager_of(world.relay)
     look_through(world.relay)
     path = put(world.relay, "a@example.net", "b@example.net", due=time.time() + 200,
                outcomes=[(60, "sent <a@example.net> - 250 Ok"), (60, "later <b@example.net> - 451 later")])
     whole = path.read_bytes() + torn
     path.write_bytes(whole)
-    with strace(runner, "inject=/^pread:error=EIO:when=3") as trace:    # envelope, dot, records
+    with strace(manager, "inject=/^pread:error=EIO:when=3") as trace:    # envelope, dot, records
         world.relay.hangup_until(lambda: "INJECTED" in trace())
         world.relay.wait_for_log(f"^queue/{path.name} cannot be read ")
         assert path.read_bytes() == whole
@@ -406,14 +406,14 @@ def is_stalled(exchanger, stage):
 @pytest.mark.parametrize("stage", ["CONNECT", "EHLO", "."])
 def test_killed_forwarder_defers_its_message(house, stage, others):
     world = house("-r", "200")
-    runner = runner_of(world.relay)
+    manager = manager_of(world.relay)
     world.net.set(stall_at=stage)
     world.relay.send(*others, "b@example.net")
     path, = world.relay.queue()
     wait_for(lambda: is_stalled(world.net, stage))
     for other in others:
         world.relay.outcomes(other)
-    forwarder, = set(children(world.relay.pid)) - {runner}
+    forwarder, = set(children(world.relay.pid)) - {manager}
     for pid in [forwarder, *children(forwarder)]:
         with contextlib.suppress(ProcessLookupError):       # the other's may have ended just now
             os.kill(pid, signal.SIGKILL)
@@ -426,12 +426,12 @@ def test_killed_forwarder_defers_its_message(house, stage, others):
 
 def test_killed_child_of_one_domain_defers_its_recipients(house):
     world = house()
-    runner = runner_of(world.relay)
+    manager = manager_of(world.relay)
     world.net.set(stall_at=".")
     world.relay.send("a@example.org", "b@example.net")
     wait_for(lambda: is_stalled(world.net, "."))
     world.relay.outcomes("a@example.org")
-    forwarder, = set(children(world.relay.pid)) - {runner}
+    forwarder, = set(children(world.relay.pid)) - {manager}
     child = wait_for(lambda: len(children(forwarder)) == 1 and children(forwarder)[0])
     os.kill(child, signal.SIGKILL)
     world.relay.wait_for_log(f"process {child} died of signal 9")
@@ -442,13 +442,13 @@ def test_killed_child_of_one_domain_defers_its_recipients(house):
 
 def test_message_of_a_killed_forwarder_is_not_touched_before_its_children_are_done(house):
     world = house()
-    runner = runner_of(world.relay)
+    manager = manager_of(world.relay)
     reply = Withheld()
     world.net.set(replies={".": reply})
     world.relay.send("a@example.org", "b@example.net")
     reply.asked.wait(20)
     world.relay.outcomes("a@example.org")
-    forwarder, = set(children(world.relay.pid)) - {runner}
+    forwarder, = set(children(world.relay.pid)) - {manager}
     os.kill(forwarder, signal.SIGKILL)
     world.relay.wait_for_log(f"process {forwarder} died of signal 9")
     look_through(world.relay)
@@ -459,20 +459,20 @@ def test_message_of_a_killed_forwarder_is_not_touched_before_its_children_are_do
     assert received_by(world.net, world.org) == {"<a@example.org>": 1, "<b@example.net>": 1}
 
 
-def test_killed_runner_is_replaced(house):
+def test_killed_manager_is_replaced(house):
     world = house()
-    first = runner_of(world.relay)
+    first = manager_of(world.relay)
     os.kill(first, signal.SIGKILL)
     put(world.relay, "b@example.net")
     world.net.wait_for_messages(1)
-    assert runner_of(world.relay) != first
+    assert manager_of(world.relay) != first
     world.relay.wait_for_log(f"process {first} died of signal 9")
 
 
-def test_sighup_while_there_is_no_runner(house):
+def test_sighup_while_there_is_no_manager(house):
     """It is passed on to the next one."""
     world = house()
-    first = runner_of(world.relay)
+    first = manager_of(world.relay)
     os.kill(first, signal.SIGKILL)
     world.relay.wait_for_log(f"process {first} died of signal 9")
     put(world.relay, "b@example.net", due=time.time() + 200)
@@ -483,7 +483,7 @@ def test_sighup_while_there_is_no_runner(house):
 @pytest.mark.parametrize("ends", [signal.SIGKILL, signal.SIGTERM])
 def test_restart_while_old_forwarders_run(house, ends):
     world = house()
-    runner = runner_of(world.relay)
+    manager = manager_of(world.relay)
     reply = Withheld()
     world.net.set(replies={".": [reply]})
     world.relay.send("b@example.net")
@@ -492,7 +492,7 @@ def test_restart_while_old_forwarders_run(house, ends):
     os.kill(world.relay.pid, ends)
     assert world.relay.process.wait(20) == (0 if ends == signal.SIGTERM else -ends)
     if ends == signal.SIGKILL:          # it was not told, and looks around from time to time
-        os.kill(runner, signal.SIGHUP)
+        os.kill(manager, signal.SIGHUP)
     world.relay.start()
     look_through(world.relay)
     world.net.wait_for_messages(1)
@@ -635,15 +635,15 @@ def test_slow_exchanger_does_not_fill_all_the_places(house):
 def test_memory_does_not_grow_with_the_queue(house):
     world = house("-r", "2", "-j", "4")
     world.org.stop()
-    runner = runner_of(world.relay)
+    manager = manager_of(world.relay)
     look_through(world.relay)
-    before = [memory(pid) for pid in (world.relay.pid, runner)]
+    before = [memory(pid) for pid in (world.relay.pid, manager)]
     for n in range(3000):
         put(world.relay, f"b{n}@example.org", due=LONG_AGO if n % 2 else time.time() + 3000)
     look_through(world.relay)
-    after = [memory(pid) for pid in (world.relay.pid, runner)]
+    after = [memory(pid) for pid in (world.relay.pid, manager)]
     assert all(now - then < 400 * 1024 for then, now in zip(before, after)), f"{before} {after}"
-    assert runner in children(world.relay.pid)
+    assert manager in children(world.relay.pid)
 
 
 # ---- The log --------------------------------------------------------------------------------------------

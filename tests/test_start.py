@@ -456,7 +456,7 @@ def test_root_is_given_up_for_good(world, relay, wrapped, tmp_path, options, nam
     server = relay(*options, binary=wrapped(command=groups), mx_port=world.exchanger.port, spool=tmp_path / "other")
     becomes = pwd.getpwnam(name) if name else user()
     server.send("b@example.net", "b@example.org")
-    # The queue runner, the forwarder, and its children for two domains.
+    # The queue manager, the forwarder, and its children for two domains.
     for pid in (server.pid, *wait_for(lambda: len(descendants(server.pid)) == 4 and descendants(server.pid))):
         status = process_status(pid)
         assert (status["Uid"], status["Gid"], status["Groups"]) == (
@@ -555,7 +555,7 @@ def test_a_child_holds_nobodys_socket(world):
 
     def sockets():
         return [{name for name in descriptors(pid) if name.startswith("socket:")} for pid in children(world.relay.pid)]
-    # The queue runner's, once it has begun, and the worker's: to the server and to the exchanger.
+    # The queue manager's, once it has begun, and the forwarder's: to the server and to the exchanger.
     wait_for(lambda: sorted(map(len, sockets())) == [0, 1])
     assert not set.union(*sockets()) & descriptors(world.relay.pid)
 
@@ -594,18 +594,18 @@ def test_each_child_hears_what_would_end_it(world, number):
         """That of the message, which has come as far as its exchanger lets it."""
         wait_for(lambda: len(world.exchanger.connections) == count
                  and "MAIL FROM:<>" in str(world.exchanger.connections[-1].commands))
-        pid, = wait_for(lambda: (set(children(server.pid)) | set(children(runner))) - {runner})
+        pid, = wait_for(lambda: (set(children(server.pid)) | set(children(manager))) - {manager})
         return pid
 
-    runner, = wait_for(lambda: children(server.pid))
+    manager, = wait_for(lambda: children(server.pid))
     world.exchanger.set(stall_at="MAIL")
     server.send("b@example.net", sender="")
     expect_end(forwarder(1))
     server.hangup_until(lambda: len(world.exchanger.connections) == 2)
     expect_end(forwarder(2))
-    expect_end(runner)
+    expect_end(manager)
     world.exchanger.set(stall_at=None)
-    wait_for(lambda: set(children(server.pid)) - {runner}, what="another queue runner")
+    wait_for(lambda: set(children(server.pid)) - {manager}, what="another queue manager")
     server.hangup_until(lambda: not server.queue())
     assert len(world.exchanger.messages) == 1
 
@@ -632,7 +632,7 @@ def test_few_open_files_are_enough_for_many_clients(world, relay, tmp_path, wrap
     for client in clients:
         client.close()
     if Path("/proc/self/task").exists():
-        wait_for(lambda: len(children(server.pid)) == 1, what="nobody but the queue runner left")
+        wait_for(lambda: len(children(server.pid)) == 1, what="nobody but the queue manager left")
 
 
 @pytest.mark.skipif("SANITIZED" in os.environ, reason="strace and sanitizers do not go together")
