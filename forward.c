@@ -1042,6 +1042,7 @@ struct exchange {
 
     unsigned messages;                  /* how many it was given on this connection */
     bool accepting;                     /* it has accepted a recipient of the last of these */
+    bool unfinished;                    /* the last transaction did not come to its final dot: RSET ends it */
     const char *id;                     /* that message's, for the log */
 
     int code;                           /* of the last reply; 0: none came, the connection is of no more use */
@@ -1624,14 +1625,14 @@ static struct tunnel *open_tunnel(struct exchange *x)
 /* ==== The dialogue ======================================================= */
 
 /* The steps of a dialogue.  The exchanger has a time for each, in seconds: RFC 5321 4.5.3.2. */
-enum step { CONNECT, GREETING, HELLO, STARTTLS, AUTH, RESET, ENVELOPE, DATA_COMMAND, MESSAGE, FINAL_DOT, QUIT };
+enum step { CONNECT, GREETING, HELLO, STARTTLS, AUTH, ENVELOPE, DATA_COMMAND, MESSAGE, FINAL_DOT, QUIT };
 
 static const struct {
     const char *name;
     long seconds;
 } steps[] = {
     { "connecting", 30 }, { "the greeting", 300 }, { "EHLO", 300 }, { "STARTTLS", 300 },
-    { "AUTH", 300 }, { "RSET", 10 },
+    { "AUTH", 300 },
     { "MAIL and RCPT", 300 }, { "DATA", 120 }, { "the message", 180 }, { "the final dot", 600 }, { "QUIT", 10 }
 };
 
@@ -2270,7 +2271,7 @@ static void end_transaction(struct remaining *left, const struct transaction *t)
 static bool transact_all(struct exchange *x, struct message *m, struct recipient **to, size_t count)
 {
     struct remaining left = { .list = allocate(NULL, count * sizeof *to), .limit = GROUP_LIMIT };
-    bool alive = true, open = false;
+    bool alive = true;
 
     for (size_t i = 0; i < count; i++)
         if (to[i]->outcome == LATER)
@@ -2280,8 +2281,8 @@ static bool transact_all(struct exchange *x, struct message *m, struct recipient
         struct transaction t = { .full = false };
 
         begin_transaction(&left, &t);
-        alive = (!open || say(x, ENVELOPE, "RSET\r\n") != 0) && transact(x, m, &t);
-        open = !t.content_awaited;      /* a transaction ends with the final dot; without one, by RSET */
+        alive = (!x->unfinished || say(x, ENVELOPE, "RSET\r\n") != 0) && transact(x, m, &t);
+        x->unfinished = !t.content_awaited;
         end_transaction(&left, &t);
     }
     free(left.list);
@@ -2352,6 +2353,7 @@ static void start_connecting(struct exchange *x)
     x->connected = x->greeted = 0;
     x->refusal = NO_REFUSAL;
     x->messages = 0;
+    x->unfinished = false;
     x->size = x->lines = 0;
     x->closing = false;
     strrchr(x->label, ']')[1] = '\0';       /* no /tls yet */
@@ -2581,10 +2583,6 @@ static struct route *take_kept(struct batch *b, const char *domain, const char *
         if (x != route->open)
             x->progress = UNTRIED;
     route->open->id = id;
-    if (judge(route->open, say(route->open, RESET, "RSET\r\n")) != SENT) {
-        drop_kept(b);
-        return NULL;
-    }
     logmsg("%s goes to %s, like the message before", id, route->open->label);
     b->route = NULL;
     return route;
