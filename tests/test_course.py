@@ -47,6 +47,14 @@ def near():
     exchanger.stop()
 
 
+@pytest.fixture(scope="module", autouse=True)
+def background(request):
+    """The chapters and the exercises, where they are asked for, go on beside all else: they wait most of the time."""
+    wanted = {name for item in request.session.items if item.module is request.module for name in item.fixturenames}
+    for name in {"played", "graded"} & wanted:
+        request.getfixturevalue(name)
+
+
 def arguments(number, dns, mx_port=1):
     """What a program has to be told beside its port and its spool."""
     if number == "5":
@@ -603,7 +611,7 @@ def played(tmp_path_factory):
 
 
 @pytest.mark.parametrize("path", course.CHAPTERS, ids=lambda path: path.stem)
-def test_the_commands_of_a_chapter_show_what_it_says(path, played, graded):     # which play meanwhile
+def test_the_commands_of_a_chapter_show_what_it_says(path, played):
     missing = course.missing_tools(path)
     if missing:
         pytest.skip(f"not installed: {' '.join(missing)}")
