@@ -34,7 +34,8 @@ def start(tmp_path):
     with contextlib.ExitStack() as stack:
         def make(number, *arguments, **options):
             spool = () if number < "4" else (tmp_path / "spool",)
-            server = stack.enter_context(course.start(course.build(course.source(number)), *spool, *arguments, **options))
+            program = course.build(course.source(number))
+            server = stack.enter_context(course.start(program, *spool, *arguments, **options))
             stack.callback(lambda: print(*server.lines, sep="\n"))
             return server
         yield make
@@ -341,7 +342,8 @@ def test_the_fourth_answers_after_the_last_sync(start, strace, tmp_path):
         reply = client.deliver("a@example.org", ["b@example.net"], "x\n")
         text = wait_for(lambda: trace() if "queued as" in trace() else None)
     assert reply.startswith("250 2.0.0 Ok: queued as ")
-    calls = re.findall(r"^\d+ (fsync\(\d+<[^>]*/(?:tmp|queue)\b|rename|write\(\d+<[^>]*>, \"250 2\.0\.0 Ok: q)", text, re.M)
+    calls = re.findall(r"^\d+ +(fsync\(\d+<[^>]*/(?:tmp|queue)\b|rename|write\(\d+<[^>]*>, \"250 2\.0\.0 Ok: q)",
+                       text, re.MULTILINE)
     assert len(calls) == 4, text
     assert "tmp" in calls[0] and calls[1] == "rename" and "queue" in calls[2] and calls[3].startswith("write")
 
@@ -404,7 +406,8 @@ def test_each_recipient_has_its_own_outcome(forwarder, near, tmp_path):
     wait_for(lambda: len(server.logged(re.escape(id))) == 3)
     text = (tmp_path / "spool/queue" / id).read_bytes()
     assert text.endswith(b"\r\n.\r\nlater <later@example.net> 451 4.7.1 greylisted\r\n"
-                         b"failed <never@example.net> 550 5.1.1 no such user\r\nsent <now@example.net> 250 2.0.0 Ok\r\n")
+                         b"failed <never@example.net> 550 5.1.1 no such user\r\n"
+                         b"sent <now@example.net> 250 2.0.0 Ok\r\n")
     wait_for(lambda: near.connections and all(connection.closed for connection in near.connections))
     wait_for(lambda: os.kill(server.process.pid, signal.SIGALRM) or len(near.messages) == 2)
     wait_until_empty(tmp_path)
@@ -462,8 +465,8 @@ def test_the_client_may_leave_after_the_dot(forwarder, near, tmp_path):
 def test_pipelining(forwarder, near):
     server = forwarder()
     with server.client() as client:
-        client.send(b"HELO me.com\r\n" + b"MAIL FROM:<a@example.org>\r\nRCPT TO:<b@example.net>\r\nDATA\r\nx\r\n.\r\n" * 3
-                    + b"QUIT\r\n")
+        transaction = b"MAIL FROM:<a@example.org>\r\nRCPT TO:<b@example.net>\r\nDATA\r\nx\r\n.\r\n"
+        client.send(b"HELO me.com\r\n" + 3 * transaction + b"QUIT\r\n")
         replies = [client.reply()[:3] for _ in range(14)]
     assert replies == ["250"] + ["250", "250", "354", "250"] * 3 + ["221"]
     near.wait_for_messages(3)
@@ -645,8 +648,10 @@ def test_each_exercise_has_its_text_its_test_and_its_solution():
 
 
 def test_each_exercise_belongs_to_a_chapter():
-    named = [int(number) for path in course.CHAPTERS for number in re.findall(r"exercises\.md#(\d+)-", path.read_text())]
-    assert sorted(named) == sorted(grade.EXERCISES)
+    """But the last two, which belong to changing.md and reading.md."""
+    chapters = "".join(path.read_text() for path in course.CHAPTERS)
+    named = [int(number) for number in re.findall(r"exercises\.md#(\d+)-", chapters)]
+    assert sorted(named) == sorted(grade.EXERCISES)[:-2]
 
 
 @pytest.fixture(scope="module")
@@ -655,6 +660,8 @@ def graded(tmp_path_factory):
     def both(number):
         tree = tmp_path_factory.mktemp("exercise") / "tree"
         shutil.copytree(course.COURSE, tree / "docs/course")
+        for path in lab.ROOT.glob("*.[ch]"):
+            shutil.copy(path, tree)
         before = grade.grade(number, tree)
         subprocess.run(["patch", "-s", "-p0", "-i", grade.solution(number)], cwd=tree, check=True)
         return before, grade.grade(number, tree)
@@ -678,6 +685,7 @@ def test_an_exercise_is_not_solved_before_and_solved_after(number, graded):
 
 def test_make_exercise():
     said = subprocess.run(["make", "-s", "exercise", "N=7"], cwd=lab.ROOT, capture_output=True, text=True)
-    assert said.returncode != 0 and said.stderr.startswith("exercise 7: not yet.\nRCPT TO:<friend@localhost> is answered")
+    assert said.returncode != 0
+    assert said.stderr.startswith("exercise 7: not yet.\nRCPT TO:<friend@localhost> is answered")
     said = subprocess.run(["make", "-s", "exercise"], cwd=lab.ROOT, capture_output=True, text=True)
     assert "make exercise N=7: N is the number of an exercise" in said.stderr

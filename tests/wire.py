@@ -138,7 +138,8 @@ def of_type(packets, name, type):
 def ask_by_program_6():
     with recording() as (dns, packets), tempfile.TemporaryDirectory() as directory:
         program = course.build(course.source(6))
-        with course.start(program, Path(directory, "spool"), *dns.address.split(":"), 1) as server, server.client() as client:
+        with course.start(program, Path(directory, "spool"), *dns.address.split(":"), 1) as server, \
+                server.client() as client:
             client.deliver("nour@example.org", ["friend@example.net"], "Subject: x\n")
             wait_for(lambda: of_type(packets, "near.example.net", 1))
     return of_type(packets, "example.net", 15), of_type(packets, "near.example.net", 1)
@@ -173,10 +174,10 @@ then what they mean (RFC 1035, section 4.1). All numbers have the most significa
 `read_answer()` compares the first {len(query)} octets with the query, and `take_record()` reads the rest.
 
 {dissect(answer)}
-Look at the pointers. The owner of each record is the name that was asked for, and that stands at 12, in the question: two
-octets in place of {len(encode_name("example.net"))}. The name of the first exchanger is one label and then a pointer to the same
-place. No part of the second exchanger's name stands in the packet before, so it is written out. A pointer leads *back*: a program
-that follows one forward, or to itself, can be kept going round for ever.
+Look at the pointers. The owner of each record is the name that was asked for, and that stands at 12, in the question:
+two octets in place of {len(encode_name("example.net"))}. The name of the first exchanger is one label and then a
+pointer to the same place. No part of the second exchanger's name stands in the packet before, so it is written out. A pointer
+leads *back*: a program that follows one forward, or to itself, can be kept going round for ever.
 
 ## The answer to the next question
 
@@ -186,8 +187,8 @@ answer has only one name in it, all pointers lead to 12.
 {dissect(address)}
 ## What the real one adds
 
-The query of dns.c has {len(real) - len(query)} octets more, an OPT record (RFC 6891), by which it says that it takes answers of more than the
-512 octets that RFC 1035 allows:
+The query of dns.c has {len(real) - len(query)} octets more, an OPT record (RFC 6891), by which it says that it takes
+answers of more than the 512 octets that RFC 1035 allows:
 
 {dissect(real)}"""
 
@@ -268,8 +269,8 @@ more, and all the rest of a session costs nearly nothing beside it. So *count th
 ## With pipelining: {len(fast)} flights
 
 The exchanger offers PIPELINING (RFC 2920). Then the commands from MAIL to DATA go in one packet, by one `write()`, and
-their replies are read in the same order. `compose_envelope()` in forward.c puts them together, and `say_envelope()` sends
-them and reads the replies.
+their replies are read in the same order. `compose_envelope()` in forward.c puts them together, and `say_envelope()`
+sends them and reads the replies.
 
 {show(fast)}
 Why does the message not go in the same packet as well? RFC 2920 says that DATA is the last of a group: whether there is
@@ -281,8 +282,8 @@ BDAT.
 The same message for an exchanger that does not offer it. Each command waits for the answer to the one before.
 
 {show(slow)}
-{len(slow) - len(fast)} flights more for two recipients, and two more for each further one. With 100 recipients and 50 ms it is
-10 seconds against half a second.
+{len(slow) - len(fast)} flights more for two recipients, and two more for each further one. With 100 recipients and
+50 ms it is 10 seconds against half a second.
 
 ## What is not shown
 

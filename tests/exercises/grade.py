@@ -6,6 +6,7 @@ yourself: a test tells what to do as clearly as the text does.
 """
 import contextlib
 import os
+import pwd
 import re
 import resource
 import select
@@ -21,8 +22,8 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
 import course                                               # noqa: E402
-from lab import (RESPONSE, ROOT, TO_QUESTION, Exchanger, Nameserver, encode_name, exchangers, header,   # noqa: E402
-                 loopback, query_id, question, wait_for)
+from lab import (RESPONSE, ROOT, TO_QUESTION, Exchanger, Nameserver, Relay,         # noqa: E402
+                 encode_name, exchangers, header, loopback, query_id, question, wait_for)
 
 
 class Missing(Exception):
@@ -159,7 +160,7 @@ def exercise_4(tree):
     server = tree.run(2, limit=1500)
     clients = [tree.client(server, greeting=False) for _ in range(1400)]
     within(20, lambda: readable(clients[-1].sock),
-           "of 1400 clients the last one is not greeted: there must be no limit but the number of open files, 1500 here")
+           "of 1400 clients the last one is not greeted: there must be no limit but that of open files, 1500 here")
     for client in clients[::100]:
         client.reply()
         need(client.say("NOOP") == "250 2.0.0 Ok", "one of 1400 clients is not served")
@@ -219,7 +220,8 @@ def exercise_7(tree):
 KIND = [("    for (size_t i = 1; i < size; i++)\n        if (bytes[i - 1] == '\\r' && bytes[i] == '\\n')\n"
          "            return (struct line){ i - 1, i + 1 };",
          "    for (size_t i = 0; i < size; i++)\n        if (bytes[i] == '\\n' || bytes[i] == '\\r')\n"
-         "            return (struct line){ i, i + 1 + (bytes[i] == '\\r' && i + 1 < size && bytes[i + 1] == '\\n') };")]
+         "        {\n            size_t more = bytes[i] == '\\r' && i + 1 < size && bytes[i + 1] == '\\n';\n"
+         "            return (struct line){ i, i + 1 + more };\n        }")]
 
 
 def exercise_8(tree):
@@ -264,10 +266,11 @@ def exercise_9(tree):
         program = tree.build(4, changes)
         directory = Path(tempfile.mkdtemp(dir=tree.scratch.name))
         done = subprocess.run(["sh", check, program, str(course.free_port())], cwd=directory, stdin=subprocess.DEVNULL,
-                              capture_output=True, text=True, timeout=60, env={**os.environ, "COURSE": str(tree.course)})
+                              capture_output=True, text=True, timeout=60,
+                              env={**os.environ, "COURSE": str(tree.course)})
         need(done.returncode == expected,
-             f"given program 4 {words}, check.sh ends with {done.returncode}, and it has to end with {expected}; it said:\n"
-             + done.stdout + done.stderr)
+             f"given program 4 {words}, check.sh ends with {done.returncode}, and it has to end with {expected};"
+             f" it said:\n{done.stdout}{done.stderr}")
 
 
 def exercise_10(tree):
@@ -331,7 +334,8 @@ def exercise_13(tree):
     def answer(query):
         wire = b"".join(bytes([len(text)]) + text.encode() for text in texts[:2])
         records = [(TO_QUESTION, wire), (encode_name("other.example"), bytes([255]) + texts[2].encode())]
-        body = b"".join(owner + b"\0\x10\0\x01\0\0\0\x3c" + len(data).to_bytes(2, "big") + data for owner, data in records)
+        body = b"".join(owner + b"\0\x10\0\x01\0\0\0\x3c" + len(data).to_bytes(2, "big") + data
+                        for owner, data in records)
         return header(query_id(query), RESPONSE, 1, 2) + question(query) + body
 
     dns.raw("example.net", answer)
@@ -339,7 +343,8 @@ def exercise_13(tree):
     program = tree.build(6)
     done = subprocess.run([program, "-t", "example.net", host, port], capture_output=True, text=True, timeout=20)
     need([query.type for query in dns.queries][:1] == ["16"],
-         f"./6-relay -t example.net {host} {port} asked no question of type 16, TXT; it said:\n{done.stdout}{done.stderr}")
+         f"./6-relay -t example.net {host} {port} asked no question of type 16, TXT; it said:\n"
+         + done.stdout + done.stderr)
     need(done.stdout.splitlines() == texts, f"it printed {done.stdout.splitlines()}; the strings are {texts}")
     dns.rcode("nowhere.example", 3)
     done = subprocess.run([program, "-t", "nowhere.example", host, port], capture_output=True, text=True, timeout=20)
@@ -353,7 +358,8 @@ def exercise_14(tree):
     server = tree.run(5, tree.spool(), exchanger.host, exchanger.port)
     client = tree.client(server)
     deliver(client, "a@example.net", "no@example.net", "later@example.net", "b@example.net")
-    within(10, lambda: len(server.logged(r"<\w+@example\.net>")) >= 4, "not each of four recipients has its line in the log")
+    within(10, lambda: len(server.logged(r"<\w+@example\.net>")) >= 4,
+           "not each of four recipients has its line in the log")
     need([message.recipients for message in exchanger.messages] == [["<a@example.net>", "<b@example.net>"]],
          "the two recipients that were accepted have to get the message in one transaction; the exchanger has taken "
          f"messages for {[message.recipients for message in exchanger.messages]}")
@@ -378,14 +384,16 @@ def exercise_15(tree):
     dns.mail("example.net", (10, near))
     dns.delay("example.net", 2, "MX")
     dns.a("evil.example.net", evil.host)
-    weak = [("        ssize_t n = read(random_fd, q->bytes, 2);\n", f"""        struct sockaddr_in a = {{ .sin_family = AF_INET, .sin_port = htons({victim}) }};
+    weak = [("        ssize_t n = read(random_fd, q->bytes, 2);\n", f"""
+        struct sockaddr_in a = {{ .sin_family = AF_INET, .sin_port = htons({victim}) }};
         ssize_t n = read(random_fd, q->bytes + 1, 1);
         bind(fd, (struct sockaddr *)&a, sizeof a);
-"""), ("        if (connect(fd, (struct sockaddr *)&nameserver, sizeof nameserver) == 0)\n            send(fd, q->bytes, q->size, 0);",
+"""), ("        if (connect(fd, (struct sockaddr *)&nameserver, sizeof nameserver) == 0)\n"
+       "            send(fd, q->bytes, q->size, 0);",
        "        sendto(fd, q->bytes, q->size, 0, (struct sockaddr *)&nameserver, sizeof nameserver);")]
     server = tree.run(6, tree.spool(), *dns.address.split(":"), evil.port, changes=weak)
-    process = subprocess.Popen([sys.executable, forger, str(victim)], env={**os.environ, "PYTHONPATH": str(HERE.parent)},
-                               stdout=subprocess.DEVNULL)
+    process = subprocess.Popen([sys.executable, forger, str(victim)], stdout=subprocess.DEVNULL,
+                               env={**os.environ, "PYTHONPATH": str(HERE.parent)})
     tree.stack.callback(process.wait)
     tree.stack.callback(process.kill)
     for _ in range(5):
@@ -395,6 +403,70 @@ def exercise_15(tree):
         near.messages.clear()
     raise Missing("five messages went to the true exchanger; none went to evil.example.net. The resolver of this"
                   f" exercise asks from port {victim}, its first argument to forge.py, with an id from 0 to 255")
+
+
+def real(tree):
+    """The program itself, built from the tree."""
+    binary = tree.path("smtp")
+    done = subprocess.run(["cc", "-o", binary, *(tree.root / name for name in ("smtp.c", "dns.c", "forward.c"))],
+                          capture_output=True, text=True)
+    need(done.returncode == 0, f"the program does not compile:\n{done.stderr}")
+
+    def start(*options, **settings):
+        relay = Relay(*options, binary=binary, spool=tree.spool(), **settings)
+        tree.stack.callback(relay.stop)
+        return relay
+    return start
+
+
+def exercise_16(tree):
+    """a verb of the real one"""
+    relay = real(tree)()
+    client = relay.client()
+
+    def ask(when):
+        said, wanted = client.say("XWHO"), f"250 2.0.0 127.0.0.1:{client.local_port}"
+        need(said == wanted, f"{when}, XWHO is answered {said!r}; it has to be {wanted!r}")
+
+    ask("before HELO")
+    client.say("HELO me.com")
+    client.say("MAIL FROM:<a@example.org>")
+    ask("inside a transaction")
+    need(client.say("RCPT TO:<b@example.net>") == "250 2.1.5 Ok", "behind XWHO the transaction is gone")
+    said = client.say("XWHO me")
+    need(said == "501 5.5.4 Syntax: XWHO",
+         f"with an argument, XWHO is answered {said!r}; it has to be '501 5.5.4 Syntax: XWHO'")
+    need("XWHO" in re.findall(r"\w+", client.say("HELP")), "HELP does not name XWHO")
+
+
+def exercise_17(tree):
+    """old mail"""
+    exchanger = tree.exchanger(replies={"RCPT": "451 4.7.1 not now"})
+    start = real(tree)
+    old = tree.spool() / "queue" / "20260101T000000.000001-1-1"
+    old.parent.mkdir(parents=True)
+    for directory in tree.spool(), old.parent:
+        directory.chmod(0o700)
+    old.write_bytes(f"HELO me.com\r\nMAIL FROM:<a@example.org>\r\nRCPT TO:<b@[{exchanger.host}]>\r\n"
+                    "DATA\r\nx\r\n.\r\n".encode())
+    os.utime(old, (0, 0))
+    if os.geteuid() == 0:
+        user = "nobody"
+        with contextlib.suppress(LookupError):
+            user = pwd.getpwnam("smtp").pw_name
+        for path in tree.spool(), old.parent, old:
+            os.chown(path, pwd.getpwnam(user).pw_uid, pwd.getpwnam(user).pw_gid)
+        os.chmod(tree.scratch.name, 0o755)
+    relay = start(mx_port=exchanger.port)
+    fresh = relay.send(f"b@[{exchanger.host}]")
+    for id in old.name, fresh:
+        within(10, lambda: relay.logged(f"^{id} to=.* status=later"),
+               f"message {id} was not tried; the log:\n" + "\n".join(relay.log))
+    within(3, lambda: relay.logged(f"^{old.name} warning: waiting for [0-9]+ hours$"),
+           f"there is no line '{old.name} warning: waiting for 24 hours', or so many, in the log:\n"
+           + "\n".join(relay.log))
+    relay.stop()
+    need(not relay.logged(f"^{fresh} warning"), "a message that has just come is called old, too")
 
 
 def wait_until(condition):
