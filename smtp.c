@@ -285,7 +285,7 @@ static bool buffer_add(struct buffer *b, const char *bytes, size_t size)
     return true;
 }
 
-/* Back to where a transaction may begin; what was begun is removed. */
+/* Removes the transaction that was begun, with its draft, so that another may begin. */
 static void reset(struct session *s)
 {
     if (s->tx != NULL) {
@@ -316,7 +316,7 @@ static void free_session(struct session *s)
     free(s);
 }
 
-/* It has got on, and has as much time again. */
+/* Gives the client -t seconds from now, within its limit: it has made progress. */
 static void extend_deadline(struct session *s)
 {
     s->deadline = clock_ms() + settings.idle * 1000;
@@ -324,8 +324,8 @@ static void extend_deadline(struct session *s)
         s->deadline = s->limit;
 }
 
-/* A new client, or one that has completed a transaction, is trusted anew: for a
- * time, and for some errors. */
+/* Forgets the errors of a client and sets its limit anew: it is new, or has completed
+ * a transaction. */
 static void renew(struct session *s)
 {
     s->errors = 0;
@@ -378,8 +378,8 @@ static void flush(struct session *s)
         shutdown(s->fd, SHUT_WR);
 }
 
-/* The one way to tell a client something.  `format` is the reply to the letter,
- * without its last line end. */
+/* Sends a reply to the client; all replies go through this function.  `format` is the
+ * reply to the letter, without its last line end. */
 static void reply(struct session *s, const char *format, ...)
 {
     char text[1024];
@@ -392,13 +392,15 @@ static void reply(struct session *s, const char *format, ...)
         log_dialogue(s, "S", text);
     else if (text[0] >= '4')
         log_refusal(s, text);
-    s->errors += text[0] == '5';
+    if (text[0] == '5')
+        s->errors++;
     if (!buffer_add(&s->out, text, strlen(text)) || !buffer_add(&s->out, "\r\n", 2))
         s->phase = GONE;
 }
 
-/* After the last reply: the client has a moment to take it.  Closing at once,
- * with commands of its still unread, would make TCP throw the reply away. */
+/* Closes the session once the client has had a moment to take the last reply.  To
+ * close at once, with commands of the client still unread, would make TCP throw the
+ * reply away. */
 static void start_closing(struct session *s)
 {
     reset(s);
@@ -529,7 +531,8 @@ static long count_slots(const uint32_t *lane)
     long count = 0;
 
     for (size_t i = 0; i < child_count; i++)
-        count += children[i].slot && (lane == NULL || children[i].lane == *lane);
+        if (children[i].slot && (lane == NULL || children[i].lane == *lane))
+            count++;
     return count;
 }
 
@@ -538,7 +541,8 @@ static size_t count_sessions(enum phase phase)
     size_t count = 0;
 
     for (size_t i = 0; i < session_count; i++)
-        count += sessions[i]->phase == phase;
+        if (sessions[i]->phase == phase)
+            count++;
     return count;
 }
 
@@ -1256,8 +1260,8 @@ static size_t take_command(struct session *s, const char *bytes, size_t size)
 
 /* ==== The message ======================================================== */
 
-/* From here on the message will be refused; reading goes on to its real end,
- * and nothing inside it is taken for a command. */
+/* Marks the message as refused and removes its draft.  The client hears of it at the
+ * message's real end: up to there nothing is taken for a command. */
 static void refuse(struct transaction *tx, const char *why)
 {
     if (tx->refusal == NULL) {
@@ -1295,8 +1299,8 @@ static void inspect(struct transaction *tx, const char *text, const struct line 
     tx->in_line = line->used == 0;
 }
 
-/* Logs that a message was accepted.  The child does so that stores it, before it offers
- * or forwards it: the line then stands before those of the outcomes. */
+/* Logs that a message was accepted.  The child that has stored it does so before it
+ * forwards it or hands it over, so that this line stands before those of the outcomes. */
 static void log_accepted(const struct session *s)
 {
     const struct transaction *tx = s->tx;
@@ -1487,6 +1491,17 @@ static void wait_for_events(struct events *e, const sigset_t *open)
     }
 }
 
+/* Consumes what can be consumed of the input, which depends on the phase.  Returns how
+ * many octets: 0 if the rest of a line, a message or a header has to come first. */
+static size_t consume(struct session *s, const char *bytes, size_t size)
+{
+    if (s->phase == DATA)
+        return take_message(s, bytes, size);
+    if (s->phase == PROXIED)
+        return take_proxy_header(s, bytes, size);
+    return take_command(s, bytes, size);
+}
+
 /* Answers all whole lines there are, as far as the client takes the answers. */
 static void converse(struct session *s, const char *bytes, size_t size)
 {
@@ -1498,8 +1513,7 @@ static void converse(struct session *s, const char *bytes, size_t size)
         return;
     }
     while (s->phase < COMPLETE && used < size && n > 0 && !full) {
-        n = (s->phase == DATA ? take_message : s->phase == PROXIED ? take_proxy_header : take_command)
-            (s, bytes + used, size - used);
+        n = consume(s, bytes + used, size - used);
         used += n;
         if (s->errors >= ERROR_LIMIT && s->phase < DATA) {
             reply(s, "421 4.7.0 %s Error: too many errors", settings.hostname);
