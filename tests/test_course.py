@@ -278,10 +278,12 @@ def test_the_third_prints_messages(start):
     with smtplib.SMTP("127.0.0.1", server.port) as client:
         client.sendmail("nour@example.org", ["a@example.net", "b@example.net"], LETTER)
         client.sendmail("", ["c@example.net"], "x\n")
-    assert bytes(server.printed) == (
+    expected = (
         b"MAIL FROM:<nour@example.org>\r\nRCPT TO:<a@example.net>\r\nRCPT TO:<b@example.net>\r\nDATA\r\n"
         b"Subject: testing\r\n\r\nDear Nour, This is me testing my server\r\n..and a dot\r\n.\r\n"
         b"MAIL FROM:<>\r\nRCPT TO:<c@example.net>\r\nDATA\r\nx\r\n.\r\n")
+    wait_for(lambda: len(server.printed) >= len(expected))
+    assert bytes(server.printed) == expected
 
 
 @pytest.mark.parametrize("number", "3456")

@@ -47,7 +47,7 @@ enum {
 static char hostname[NAME_SIZE];
 static struct sockaddr_in nameserver;
 static in_port_t mx_port;
-static int random_fd;       /* octets that nobody can guess */
+static int random_fd;       /* /dev/urandom: octets that cannot be guessed */
 
 static void die(const char *what)
 {
@@ -279,7 +279,7 @@ static enum dns_status read_answer(struct dns_query *q, const unsigned char *byt
 }
 
 /* Asks over UDP.  Each try has a new id and a new port, which a forger would have to
- * guess; and a connected socket hears nobody but the name server. */
+ * guess; and a connected socket receives packets of the name server only. */
 static enum dns_status dns_ask(struct dns_query *q, const char *name, enum dns_type type)
 {
     enum dns_status status = NOT_OURS;
