@@ -2379,6 +2379,7 @@ int main(int argc, char **argv)
 
     settle_descriptors();
     umask(077);
+    setenv("TZ", "UTC0", 1);        /* all dates are in UTC: strftime() need not look for a time zone's file */
     add_network(&settings.allowed, 'a', "127.0.0.0/8");
     add_network(&settings.allowed, 'a', "::1");
     task = read_options(argc, argv, &port, &user_name);

@@ -15,7 +15,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from lab import BINARY, run, wait_for
+from lab import BINARY, children, run, wait_for
 
 LONG_AGO = (1, 1)       # a time: whatever has it is due
 
@@ -241,12 +241,14 @@ def test_synced_renamed_synced_and_then_answered(waiting, strace):
 def test_what_is_there_already_is_never_written_to(waiting, strace):
     """Not a file of the same name, not what a link leads to, and no FIFO is waited for."""
     server = waiting.relay
+    waiting.exchanger.stop()
     with strace(server.pid, "trace=/^open") as trace:
         server.send("b@example.net", sender="")
-        waiting.exchanger.stop()
         server.outcomes("b@example.net")
-        server.hangup_until(lambda: len(server.logged(" to=<b@example.net>")) >= 2)
         seen = trace()
+    with strace(children(server.pid)[0], "trace=/^open") as trace:      # the queue manager, and its batch
+        server.hangup_until(lambda: len(server.logged(" to=<b@example.net>")) >= 2)
+        seen += trace()
     flags = {directory: [set(found.split("|")) for found in re.findall(
         rf'"{directory}/\d{{8}}T[^"]*", (\S+?)[,)]', seen)] for directory in ("tmp", "queue")}
     created, = flags["tmp"]
