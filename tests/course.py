@@ -131,6 +131,14 @@ def start(program, *arguments, **options):
         server.kill()
 
 
+def readable(file, timeout):
+    """Whether there is something to read within so many seconds.  Not by select(), which
+    chapter 2 is about: a test process may have more than 1,024 descriptors."""
+    poller = select.poll()
+    poller.register(file, select.POLLIN)
+    return poller.poll(timeout * 1000) != []
+
+
 def telnet(port, turns, timeout=20):
     """Types at a telnet that sits at a terminal: each turn is what to type, and what to
     wait for behind it.  Returns all that the terminal has shown."""
@@ -143,7 +151,7 @@ def telnet(port, turns, timeout=20):
             os.write(terminal, typed.encode())
             seen = len(shown) if typed else 0
             while not re.search(expected, shown[seen:]):
-                if not select.select([terminal], [], [], timeout)[0]:
+                if not readable(terminal, timeout):
                     raise AssertionError(f"/{expected}/ was not shown after {typed!r}:\n{shown}")
                 try:
                     shown += os.read(terminal, 4096).decode("utf-8", "replace")
@@ -226,7 +234,7 @@ class Shell:
         self.process.stdin.flush()
         deadline, text = time.monotonic() + timeout, None
         while time.monotonic() < deadline:
-            quiet = not select.select([self.process.stdout], [], [], 0.1)[0]
+            quiet = not readable(self.process.stdout, 0.1)
             if not quiet:
                 chunk = os.read(self.process.stdout.fileno(), 65536)
                 if not chunk:

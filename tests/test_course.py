@@ -649,6 +649,16 @@ def test_each_exercise_has_its_text_its_test_and_its_solution():
         assert grade.solution(number).read_text().startswith(f"Solution of exercise {number}, ")
 
 
+def test_the_index_has_the_length_of_each_program():
+    """To about one in twenty."""
+    text = (course.COURSE / "README.md").read_text()
+    rows = re.findall(r"^\| (\d) \| .* \| ([\d,]+)(?:, \d+)? \|$", text, re.MULTILINE)
+    assert [number for number, _ in rows] == list("123456")
+    for number, lines in rows:
+        count = len(course.source(number).read_text().splitlines())
+        assert abs(count - int(lines.replace(",", ""))) <= count / 20, number
+
+
 def test_each_exercise_belongs_to_a_chapter():
     """But the last two, which belong to changing.md and reading.md."""
     chapters = "".join(path.read_text() for path in course.CHAPTERS)
@@ -658,15 +668,16 @@ def test_each_exercise_belongs_to_a_chapter():
 
 @pytest.fixture(scope="module")
 def graded(tmp_path_factory):
-    """What grade() says of each exercise, without its solution and with it: all at once, too."""
+    """What the grader says of each exercise, without its solution and with it: all at once, too."""
     def both(number):
         tree = tmp_path_factory.mktemp("exercise") / "tree"
         shutil.copytree(course.COURSE, tree / "docs/course")
         for path in lab.ROOT.glob("*.[ch]"):
             shutil.copy(path, tree)
-        before = grade.grade(number, tree)
+        command = [sys.executable, grade.HERE / "grade.py", str(number), tree]
+        before = subprocess.run(command, capture_output=True, text=True)
         subprocess.run(["patch", "-s", "-p0", "-i", grade.solution(number)], cwd=tree, check=True)
-        return before, grade.grade(number, tree)
+        return before, subprocess.run(command, capture_output=True, text=True)
 
     with concurrent.futures.ThreadPoolExecutor(len(grade.EXERCISES)) as pool:
         yield {number: pool.submit(both, number) for number in grade.EXERCISES}
@@ -681,8 +692,9 @@ def test_an_exercise_is_not_solved_before_and_solved_after(number, graded):
     if number == 4 and hard != resource.RLIM_INFINITY and hard < 2000:
         pytest.skip(f"no process may open more than {hard} files here")
     before, after = graded[number].result()
-    assert before is not None and "came to an end" not in before
-    assert after is None, after
+    assert before.returncode == 1 and before.stderr.startswith(f"exercise {number}: not yet.\n")
+    assert "came to an end" not in before.stderr
+    assert (after.returncode, after.stdout, after.stderr) == (0, f"exercise {number}: done.\n", "")
 
 
 def test_make_exercise():

@@ -9,7 +9,6 @@ import os
 import pwd
 import re
 import resource
-import select
 import signal
 import socket
 import subprocess
@@ -143,7 +142,7 @@ def exercise_3(tree):
     while time.monotonic() < deadline:
         need(busy.say("NOOP") == "250 2.0.0 Ok", "a client that says something is not served any more")
         time.sleep(0.2)
-    need(select.select([silent.sock], [], [], 5)[0],
+    need(course.readable(silent.sock, 5),
          "a client has been silent for longer than the one second of the second argument, and nothing happens")
     said = silent.line()
     need(said == b"421 4.4.2 Error: timeout exceeded",
@@ -159,18 +158,12 @@ def exercise_4(tree):
     resource.setrlimit(resource.RLIMIT_NOFILE, (2000, hard))     # of this process, which has the clients
     server = tree.run(2, limit=1500)
     clients = [tree.client(server, greeting=False) for _ in range(1400)]
-    within(20, lambda: readable(clients[-1].sock),
+    within(20, lambda: course.readable(clients[-1].sock, 0),
            "of 1400 clients the last one is not greeted: there must be no limit but that of open files, 1500 here")
     for client in clients[::100]:
         client.reply()
         need(client.say("NOOP") == "250 2.0.0 Ok", "one of 1400 clients is not served")
     need(not re.search(r"\bselect\(|\bFD_SET\(", source), "there is still a select() or an FD_SET() in the program")
-
-
-def readable(sock):
-    poller = select.poll()
-    poller.register(sock, select.POLLIN)
-    return poller.poll(0)
 
 
 def exercise_5(tree):
@@ -315,7 +308,7 @@ def exercise_12(tree):
     deliver(client)
     server.process.terminate()
     for one in client, other:
-        need(select.select([one.sock], [], [], 5)[0], "after SIGTERM a client is neither told anything nor closed")
+        need(course.readable(one.sock, 5), "after SIGTERM a client is neither told anything nor closed")
         said = one.line()
         need(said is not None and said.startswith(b"421 4.3.2 "),
              f"after SIGTERM a client hears {said!r}; it has to be a reply that begins with 421 4.3.2")
