@@ -2134,7 +2134,7 @@ static void listen_on(const char *name, unsigned port)
     error = getaddrinfo(name, NULL, &hints, &all);
     errno = 0;
     if (error != 0)
-        die("%s is no address of this machine, such as localhost: %s", name, gai_strerror(error));
+        die("%s is no address of this machine, such as 127.0.0.1: %s", name, gai_strerror(error));
     for (a = all; a != NULL; a = a->ai_next) {
         union address *here = &bound[listener_count];
 

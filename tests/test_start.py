@@ -194,10 +194,18 @@ def test_p_is_the_port(relay):
     assert relay("-p", port, addresses=[address]).ports == [port]
 
 
-def test_localhost_is_all_addresses_that_it_has(relay):
+@pytest.fixture
+def localhost():
+    """The addresses that this name has: none where there is not even an /etc/hosts."""
+    try:
+        return {info[4][0] for info in socket.getaddrinfo("localhost", None, type=socket.SOCK_STREAM)}
+    except socket.gaierror as error:
+        pytest.skip(f"no localhost here: {error}")
+
+
+def test_localhost_is_all_addresses_that_it_has(localhost, relay):
     server = relay(addresses=["localhost"])
-    addresses = {info[4][0] for info in socket.getaddrinfo("localhost", None, type=socket.SOCK_STREAM)}
-    assert 1 <= len(server.ports) <= len(addresses)
+    assert 1 <= len(server.ports) <= len(localhost)
     for line in server.log:
         host, port = re.fullmatch(r"listening on \[?(\S+?)\]?:(\d+)", line).groups()
         with Client(int(port), host) as client:
@@ -304,7 +312,7 @@ def test_an_address_that_is_none(spool, address):
     assert not spool.exists()
 
 
-def test_an_address_that_is_named_twice(relay):
+def test_an_address_that_is_named_twice(localhost, relay):
     """As localhost is, in many an /etc/hosts."""
     server = relay("127.0.0.1", "localhost")
     with server.client() as client:
