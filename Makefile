@@ -87,10 +87,10 @@ portability:
 
 # The real thing, for mail from this machine to the world, without root.
 run: smtp
-	@echo 'In another terminal: telnet localhost 2525'
+	@echo 'In another terminal: telnet 127.0.0.1 2525'
 	@echo 'and type: HELO me.com, MAIL FROM:<you@...>, RCPT TO:<friend@...>, DATA,'
 	@echo 'a message, a line with a dot, QUIT.  Ctrl-C here ends it.'
-	./smtp -v -p 2525 -q $${TMPDIR:-/tmp}/smtp-spool-`id -u` localhost
+	./smtp -v -p 2525 -q $${TMPDIR:-/tmp}/smtp-spool-`id -u` 127.0.0.1
 
 clean:
 	rm -f smtp $(OBJECTS)

@@ -127,7 +127,7 @@ def test_curl_without_crlf(world, tmp_path):
 @pytest.mark.parametrize("page", ["README.md", "docs/smtp.8"])
 def test_curl_as_the_documents_show_it(world, tmp_path, page):
     command, = re.findall(r"^(?: *|\.Dl )(curl smtp://.*)", (ROOT / page).read_text(), re.M)
-    words = shlex.split(command.replace("localhost:2525", f"127.0.0.1:{world.relay.port}/me.com"))
+    words = shlex.split(command.replace("127.0.0.1:2525", f"127.0.0.1:{world.relay.port}/me.com"))
     (tmp_path / words[-1]).write_text(GREETINGS)
     finish(program("curl"), "--silent", "--show-error", *words[1:], cwd=tmp_path)
     message, = world.exchanger.wait_for_messages(1)
