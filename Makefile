@@ -76,8 +76,11 @@ N =
 exercise:
 	@python3 tests/exercises/grade.py $(N)
 
+# One message on its way; with make demo TLS=1, encrypted.
+TLS =
+
 demo: smtp
-	python3 tests/demo.py
+	python3 tests/demo.py $(TLS)
 
 # With every compiler, C library, make and machine that can be had here: docs/portability.md.
 PORTABILITY =

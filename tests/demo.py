@@ -1,7 +1,8 @@
 """One message on its way, live on this machine's loopback: `make demo`.
 
 A name server and three exchangers are set up, the relay is started between
-them, and a client sends it the mail that everybody sends first.
+them, and a client sends it the mail that everybody sends first.  With `make demo
+TLS=1` the exchangers offer TLS.
 """
 import contextlib
 import sys
@@ -9,7 +10,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from lab import BINARY, Client, Nameserver, Relay, exchangers, wait_for
+from lab import BINARY, OPENSSL, Authority, Client, Nameserver, Relay, exchangers, wait_for
 
 # What the client says before it waits for a reply; the dot ends the content.
 SESSION = [
@@ -42,7 +43,16 @@ def say(client, text):
     show(client.reply(), "S: ")
 
 
-def set_the_stage(stack):
+def offer_tls(stack, exchangers):
+    """Gives each exchanger a certificate of its own."""
+    if OPENSSL is None:
+        sys.exit("demo: TLS needs openssl; install it, or leave TLS=1 out")
+    authority = Authority(stack.enter_context(tempfile.TemporaryDirectory()))
+    for exchanger in exchangers:
+        exchanger.set(certificate=authority.certificate(exchanger.name))
+
+
+def set_the_stage(stack, encrypted):
     """The world around the relay.  Returns the name server and the exchangers."""
     dns = Nameserver()
     stack.callback(dns.stop)
@@ -53,20 +63,22 @@ def set_the_stage(stack):
     # Far comes first here, so that near cannot win by its place in the list.
     routes = [(10, far), (10, near), (20, spare)]
     dns.mail("example.net", *routes)
+    if encrypted:
+        offer_tls(stack, made)
 
     heading("The stage")
     show(f"name server        {dns.address}, which says that mail for example.net goes to")
     for preference, exchanger in routes:
         show(f"{exchanger.name:18} {exchanger.host}, preference {preference},"
-             f" greets after {exchanger.greeting_delay * 1000:.0f} ms")
+             f" greets after {exchanger.greeting_delay * 1000:.0f} ms" + (", offers TLS" if encrypted else ""))
     return dns, made
 
 
-def main():
+def main(encrypted):
     if not BINARY.exists():
         sys.exit(f"demo: there is no {BINARY}; build it first, with make")
     with contextlib.ExitStack() as stack:
-        dns, made = set_the_stage(stack)
+        dns, made = set_the_stage(stack, encrypted)
         spool = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "spool"
         relay = Relay("-v", spool=spool, dns=dns, mx_port=made[0].port)
         stack.callback(relay.stop)
@@ -101,6 +113,8 @@ def main():
         message = winner.messages[0]
         heading(f"{winner.name} won, and this is what it has")
         show(f"from {message.reverse_path}, to {', '.join(message.recipients)}")
+        if encrypted:
+            show(f"by {message.connection.tls}, {message.connection.cipher}")
         show("")
         show(message.data.decode().rstrip().replace("\r\n", "\n"), "| ")
         print(f"\ndelivered in {(message.received - handed_over) * 1000:.0f} ms")
@@ -108,6 +122,6 @@ def main():
 
 if __name__ == "__main__":
     try:
-        main()
+        main(encrypted=sys.argv[1:] == ["1"])
     except (AssertionError, OSError) as error:
         sys.exit(f"demo: not delivered: {error}")

@@ -446,6 +446,7 @@ class Connection(Wire):
         self.opened = time.monotonic()
         self.closed = False
         self.tls = None             # the version, such as "TLSv1.3", once the handshake is done
+        self.cipher = None          # the name of the ciphers then
         self.server_name = None     # what the client called us by in it (RFC 6066 3)
         self.user = None            # who has logged in
         self.transcript = []        # ("C" or "S", line); the content is left out
@@ -482,7 +483,7 @@ class Connection(Wire):
 
         context.sni_callback = note
         self.sock = context.wrap_socket(self.sock, server_side=True)
-        self.tls = self.sock.version()
+        self.tls, self.cipher = self.sock.version(), self.sock.cipher()[0]
 
     def hang_up(self, reset):
         if reset:       # no time to linger: close() sends RST in place of FIN

@@ -24,7 +24,7 @@ from pathlib import Path
 
 import pytest
 
-from lab import HOSTNAME, OPENSSL, WATCHED, Exchanger, loopback, run, wait_for
+from lab import HOSTNAME, OPENSSL, ROOT, WATCHED, Exchanger, loopback, run, wait_for
 
 LARGE = b"Subject: x\r\n\r\n" + 160_000 * (b"x" * 62 + b"\r\n")     # 10 MB
 NAME, PASSWORD = "nour@example.org", "correct horse \u00e9 battery"
@@ -1029,7 +1029,7 @@ def test_key_updates(smarthost, authority):
         smarthost.start()
 
 
-# ---- Where the password stays ---------------------------------------------------------------------
+# ---- Where the password stays; and the demonstration -------------------------------------------
 
 
 def memory_of(pid):
@@ -1055,3 +1055,10 @@ def test_a_process_that_forwards_nothing_forgets_the_password(smarthost, wrapped
     assert clients
     wait_for(lambda: PASSWORD.encode() not in memory_of(pid), what="a process without the password")
     assert memory_of(server.pid).count(PASSWORD.encode()) == 1
+
+
+def test_the_demo(authority):
+    """make demo TLS=1."""
+    said = subprocess.run([sys.executable, ROOT / "tests/demo.py", "1"], capture_output=True, text=True)
+    assert said.returncode == 0, said.stderr
+    assert "by TLSv1.3, " in said.stdout and "/tls C: MAIL FROM:<nour@example.org>" in said.stdout
