@@ -1943,10 +1943,8 @@ static void base64(char *text, const char *bytes, size_t size)
 
         for (size_t k = i; k < i + 3; k++)
             bits = bits << 8 | (k < size ? (unsigned char)bytes[k] : 0);
-        for (size_t k = 0; k < 4; k++)
-            *text++ = '=';
-        for (size_t k = 0; k <= 3 && k <= size - i; k++)
-            text[k - 4] = letters[bits >> (18 - 6 * k) & 63];
+        for (size_t k = 0; k < 4; k++)          /* of one octet there are two letters, of two three */
+            *text++ = k <= size - i ? letters[bits >> (18 - 6 * k) & 63] : '=';
     }
     *text = '\0';
 }

@@ -21,10 +21,12 @@
 #include <stdlib.h>
 #include <strings.h>
 #include <sys/stat.h>
+#include <sys/un.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
-enum { FILE_FD = 100, EXCHANGER_FD = 101, NOON = 1767268800 };     /* 2026-01-01T12:00:00Z */
+enum { FILE_FD = 100, EXCHANGER_FD, PLAIN_FD, NETWORK_FD, ERRORS_FD, LISTENER_FD, THEIRS_FD, OPENSSL_PID = 4711 };
+enum { NOON = 1767268800 };     /* 2026-01-01T12:00:00Z */
 
 #define MESSAGE_ID "20260101T110000.000001-54321-1f3a"
 
@@ -92,6 +94,8 @@ UNGUIDED static ssize_t file_write(const void *bytes, size_t size)
 
 static int memory_unlink(const char *path)
 {
+    if (strncmp(path, "tmp/", 4) == 0)      /* openssl's socket */
+        return 0;
     assert(strcmp(path, "queue/" MESSAGE_ID) == 0);
     if (file.removed) {
         errno = ENOENT;
@@ -114,24 +118,66 @@ static ssize_t (*exchanger_says)(void *bytes, size_t size);
 static ssize_t (*exchanger_hears)(const void *bytes, size_t size);
 static void (*exchanger_is_left)(void);
 
+/*
+ * openssl is played, too: it does nothing to what it is given, and has something to say
+ * for itself.  While it runs, the exchanger is at its standard input and output, and
+ * there is nothing to copy.
+ */
+static bool encrypted;
+static bool copying;        /* what is read of the exchanger next would be for openssl */
+static const char *openssl_says = "";
+
+static int memory_pair(int fds[2], int ours)
+{
+    fds[0] = ours;
+    fds[1] = THEIRS_FD;
+    return 0;
+}
+
+static pid_t memory_fork(void)
+{
+    encrypted = true;
+    return OPENSSL_PID;
+}
+
+static int memory_kill(pid_t pid)
+{
+    assert(pid == OPENSSL_PID && encrypted);
+    encrypted = false;
+    return 0;
+}
+
 static ssize_t memory_read(int fd, void *bytes, size_t size)
 {
-    assert(fd == EXCHANGER_FD);
+    if (fd == ERRORS_FD) {
+        size_t length = strlen(openssl_says);
+
+        length = length < size ? length : size;
+        memcpy(bytes, openssl_says, length);
+        return (ssize_t)length;
+    }
+    if (fd == NETWORK_FD || (fd == EXCHANGER_FD && copying)) {
+        copying = fd == NETWORK_FD;
+        errno = EAGAIN;
+        return -1;
+    }
+    assert(fd == EXCHANGER_FD || fd == PLAIN_FD);
     return exchanger_says(bytes, size);
 }
 
 static ssize_t memory_write(int fd, const void *bytes, size_t size)
 {
-    assert(fd == EXCHANGER_FD || (fd == FILE_FD && file.open));
-    return fd == EXCHANGER_FD ? exchanger_hears(bytes, size) : file_write(bytes, size);
+    assert(fd == EXCHANGER_FD || fd == PLAIN_FD || (fd == FILE_FD && file.open));
+    copying = false;
+    return fd == FILE_FD ? file_write(bytes, size) : exchanger_hears(bytes, size);
 }
 
 static int memory_close(int fd)
 {
-    assert(fd == EXCHANGER_FD || (fd == FILE_FD && file.open));
+    assert(fd >= FILE_FD && fd <= THEIRS_FD && (fd != FILE_FD || file.open));
     if (fd == EXCHANGER_FD)
         exchanger_is_left();
-    else
+    else if (fd == FILE_FD)
         file.open = false;
     return 0;
 }
@@ -157,8 +203,14 @@ static int64_t memory_clock_ms(void)
 static bool memory_wait(int fd, bool writing, int64_t deadline)
 {
     (void)writing;
-    assert(fd == EXCHANGER_FD && deadline >= 0);
+    assert((fd == EXCHANGER_FD || fd == PLAIN_FD) && deadline >= 0);
     return true;
+}
+
+static void memory_wait_sets(int64_t deadline)
+{
+    assert(deadline >= 0);
+    copying = true;
 }
 
 /* The log goes nowhere, but is composed, so that all that is named in it is read. */
@@ -184,6 +236,17 @@ static void memory_log(const char *format, ...)
 #define wall_clock() memory_clock()
 #define clock_ms() memory_clock_ms()
 #define wait_ready(fd, writing, deadline) memory_wait(fd, writing, deadline)
+#define wait_sets(top, readable, writable, deadline) memory_wait_sets(((void)(top), (void)(readable), deadline))
+#define socket(family, type, protocol) LISTENER_FD
+#define bind(fd, address, size) 0
+#define listen(fd, length) 0
+#define accept(fd, address, size) NETWORK_FD
+#define socketpair(family, type, protocol, fds) memory_pair(fds, PLAIN_FD)
+#define pipe(fds) memory_pair(fds, ERRORS_FD)
+#define fork() memory_fork()
+#define kill(pid, number) memory_kill(pid)
+#define waitpid(pid, status, options) ((void)(status), pid)
+#define shutdown(fd, how) ((void)(fd))
 #define logmsg memory_log
 
 #include "../../forward.c"

@@ -3,7 +3,8 @@
  * exchanger says.
  *
  * First it is read reply by reply, whole and in pieces.  Then a whole dialogue
- * is led with it, from EHLO to QUIT, to see what it can talk us into.
+ * is led with it, from EHLO to QUIT, to see what it can talk us into: in plain, or
+ * where it offers that by TLS, with a password or without.
  */
 #include "memory.h"
 
@@ -83,7 +84,8 @@ static void check_command(const char *bytes, size_t size)
  * when it has said 354. */
 UNGUIDED static ssize_t exchanger_write(const void *bytes, size_t size)
 {
-    static const char *const verbs[] = { "EHLO ", "HELO ", "MAIL ", "RCPT ", "DATA\r", "RSET\r", "QUIT\r" };
+    static const char *const verbs[] = { "EHLO ", "HELO ", "MAIL ", "RCPT ", "DATA\r", "RSET\r", "QUIT\r",
+        "START", "AUTH ", "dXNlc", "c2Vjc" };     /* the last two are "user" and "secret" */
     bool command = false;
 
     assert(!exchanger.closed && size > 0);
@@ -251,7 +253,8 @@ static void check_dialogue(const char *says, size_t size, enum manner manner)
     exchanger_set(&x, says, size, manner);
     exchanger.message = &m;
     talk(&alone, &x, &m, to, m.count);
-    assert(exchanger.closed && x.progress == SPENT);
+    assert(exchanger.closed && !encrypted && (x.progress == SPENT || (x.progress == UNTRIED && x.bare)));
+    assert(!x.bare || settings.tls == TLS_MAY);
     assert(exchanger.part || is_crlf_lines(exchanger.told, exchanger.told_size));
     check_message_sent(&m);
     check_outcomes(&m);
@@ -267,6 +270,10 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
     try_end = INT64_MAX;
     chance_seed(data, size);
     settings.verbose = chance(4) == 0;
+    settings.tls = (enum tls)chance(TLS_VERIFIED + 1);
+    strcpy(settings.user, settings.tls == TLS_VERIFIED && chance(2) == 0 ? "user" : "");
+    strcpy(settings.password, "secret");
+    openssl_says = chance(2) == 0 ? "" : "depth=0 CN = \033[31m\n1F:error:0A000086:SSL routines::failed:x.c:1:\n";
     check_pieces(says, size);
     check_dialogue(says, size, LINES);
     check_dialogue(says, size, PIECES);
