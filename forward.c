@@ -1393,7 +1393,7 @@ static void copy_flow(struct flow *f)
     if (n > 0)
         f->used += (size_t)n;
     else if (errno != EAGAIN && errno != EINTR)
-        f->used = f->size;      /* nobody reads there any more; the writer has to go on, and may read why */
+        f->used = f->size;      /* the reader is gone: go on without it, so that its last words are read */
 }
 
 /* Enters into the sets what copy_flow() waits for.  Returns the descriptor, or -1. */
@@ -1408,7 +1408,8 @@ static int watch_flow(const struct flow *f, fd_set *readable, fd_set *writable)
     return fd;
 }
 
-/* Waits for the exchanger as wait_ready() does, and meanwhile serves its tunnel. */
+/* Waits for the exchanger as wait_ready() does, and copies meanwhile if there is a
+ * tunnel to it. */
 static bool wait_exchange(struct exchange *x, bool writing, int64_t deadline)
 {
     struct tunnel *t = x->tunnel;
@@ -1544,8 +1545,11 @@ static struct tunnel *start_openssl(const char *name, const char *path, int *err
     struct tunnel *t;
     pid_t pid = -1;
 
-    if (socketpair(AF_UNIX, SOCK_STREAM, 0, plain) == 0 && pipe(errors) == 0 && plain[0] < FD_SETSIZE)
-        pid = fork();
+    if (socketpair(AF_UNIX, SOCK_STREAM, 0, plain) == 0 && pipe(errors) == 0) {
+        errno = EMFILE;
+        if (errors[1] < FD_SETSIZE)     /* opened last, so the others are lower */
+            pid = fork();
+    }
     *error = errno;
     if (pid < 0) {
         close_pair(plain);
@@ -1592,10 +1596,10 @@ static void await_openssl(struct tunnel *t, int listener)
  * connected cannot run here: this process does not start it again. */
 static struct tunnel *open_tunnel(struct exchange *x)
 {
-    static char missing[REPLY_SIZE];
+    static char missing[REPLY_SIZE];    /* why openssl cannot run here, once that is known */
     struct sockaddr_un here;
     struct tunnel *t = NULL;
-    int listener, error = errno;
+    int listener, error = 0;
 
     if (missing[0] != '\0') {
         strcpy(x->words, missing);

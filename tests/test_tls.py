@@ -216,6 +216,33 @@ def test_refused_by_an_exchanger_that_stops_reading(secure, relay, tmp_path):
     assert (found.status, found.words) == ("failed", "552 5.3.4 too much")
 
 
+@pytest.mark.parametrize("reset", [False, True], ids=["hangs up", "resets"])
+def test_lost_while_the_message_is_on_its_way(secure, reset):
+    """That is noticed at once, and not when the time for the message is over."""
+    secure.exchanger.set(drop_at="BODY", reset=reset)
+    found = deliver(secure, body=LARGE)
+    assert found.status == "later" and found.words.startswith("4.4.2 ")
+    expect_no_openssl(secure.relay)
+
+
+def test_an_exchanger_that_takes_one_message_by_a_connection(secure, relay):
+    """Each of them is by TLS, and says so once."""
+    def close(connection):
+        if sum("MAIL" in command for command in connection.commands) == 2:
+            connection.hang_up(reset=False)
+
+    secure.relay.stop()
+    secure.exchanger.stop()
+    server = relay("-r", "1h", mx_port=secure.exchanger.port)
+    for _ in range(6):
+        server.send("b@example.net")
+    server.outcomes("b@example.net", count=6)
+    secure.exchanger.set(replies={"MAIL": close})
+    secure.exchanger.start()
+    server.hangup_until(lambda: len(secure.exchanger.messages) == 6)
+    assert {found.relay for found in server.outcomes("b@example.net")[6:]} == {label(secure.exchanger)}
+
+
 def test_many_messages_by_one_connection(secure, relay):
     """A handshake for all of them, and an openssl for all of them."""
     secure.relay.stop()
@@ -275,6 +302,7 @@ BROKEN = {
     "it is silent by TLS": {"stall_at": ("EHLO", "TLS")},
     "it says noise by TLS": {"replies": {("EHLO", "TLS"): b"noise\r\n"}},
     "a reply behind the 220": {"replies": {"STARTTLS": b"220 go\r\n250-injected\r\n250 PIPELINING\r\n"}},
+    "a refusal behind the 220": {"replies": {"STARTTLS": b"220 go\r\n550 5.7.1 injected\r\n"}},
     "half a reply behind the 220": {"replies": {"STARTTLS": b"220 go\r\n25"}},
 }
 
