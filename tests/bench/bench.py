@@ -438,7 +438,7 @@ class Bench:
             self._gateway = peers.start(
                 "postfix", host=self._gateway_host, next_hop=(self.sink.host, self.sink.port),
                 services="{host}:25 inet n - n - 0 smtpd" if self.dns else "",
-                more=f"smtpd_tls_security_level = may\nsmtpd_tls_chain_files = {pem}")
+                more=f"myhostname = mx.{TLS_DOMAIN}\nsmtpd_tls_security_level = may\nsmtpd_tls_chain_files = {pem}")
         return self._gateway
 
     def _make_sink(self, resolver, addresses=1, delay=0):
