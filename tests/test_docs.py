@@ -92,6 +92,13 @@ def test_help_names_the_verbs():
     assert len(verbs) > 8 and sorted(named) == sorted(verb for verb in verbs if verb != "HELP")
 
 
+def test_the_drawing_has_all_phases():
+    phases = re.findall(r"^    ([A-Z]+)\b", re.search(r"enum phase \{\n(.*?)\n\};", SOURCES, re.DOTALL)[1], re.MULTILINE)
+    text = (ROOT / "docs" / "reading.md").read_text()
+    drawing = text.partition("\n## The phases of a session\n")[2].partition("\n## ")[0]
+    assert len(phases) > 8 and [phase for phase in phases if not re.search(rf"\b{phase}\b", drawing)] == []
+
+
 def test_the_index_of_fixtures_is_whole():
     fixtures = re.findall(r"@pytest\.fixture.*\ndef (\w+)", (ROOT / "tests" / "conftest.py").read_text())
     section = (ROOT / "docs" / "changing.md").read_text().partition("\n## The tests' fixtures\n")[2]
