@@ -838,7 +838,8 @@ static void begin(struct session *s, const union address *peer, enum entry entry
 static ssize_t read_proxy_header(const unsigned char *head, size_t size, union address *peer, bool *local)
 {
     static const char signature[] = "\r\n\r\n\0\r\nQUIT\n";
-    enum { SIGNATURE = sizeof signature - 1, HEAD = SIGNATURE + 4, LOCAL = 0x20, PROXY = 0x21, TCP4 = 0x11, TCP6 = 0x21 };
+    enum { SIGNATURE = sizeof signature - 1, HEAD = SIGNATURE + 4 };
+    enum { LOCAL = 0x20, PROXY = 0x21, TCP4 = 0x11, TCP6 = 0x21 };
     const unsigned char *body = head + HEAD;    /* source, destination, and the ports of both */
     size_t length;
 
