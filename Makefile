@@ -45,6 +45,10 @@ conformance:
 conformance-peers: smtp
 	sh tests/run python tests/conformance/compare.py report
 
+# The rules for clients, on this relay's forwarder and on other clients.
+conformance-clients: smtp
+	sh tests/run python tests/conformance/compare_clients.py report
+
 # Kills it at random moments, and at each system call of a message's life.
 crash: smtp
 	python3 tests/crash.py 300

@@ -1059,7 +1059,7 @@ struct route {
     struct exchange x[ADDRESS_LIMIT];   /* by preference */
     struct exchange *open;              /* left open after a message, for the next; or NULL */
     size_t count;
-    enum outcome outcome;               /* where count is 0: LATER or FAILED, for the reason in `words` */
+    enum outcome outcome;               /* SENT: there is a way; else why there is none */
     bool whole;                         /* no exchanger is missing for want of an answer from DNS */
     bool left_out;                      /* there are addresses of a family that -b leaves out */
     char words[REPLY_SIZE];
@@ -1317,6 +1317,7 @@ static void find_route(struct route *route, const char *domain)
     route->count = 0;
     route->whole = true;
     route->left_out = false;
+    route->outcome = SENT;
     if (settings.smarthost != NULL)
         known = address_parse(settings.smarthost, port, &a);
     else
@@ -1395,13 +1396,16 @@ static void copy_flow(struct flow *f)
         f->used = f->size;      /* the reader is gone: go on without it, so that its last words are read */
 }
 
-/* Adds to the sets what copy_flow() waits for. */
-static void watch_flow(const struct flow *f, fd_set *readable, fd_set *writable, int *top)
+/* Enters into the sets what copy_flow() waits for.  Returns the descriptor, or -1. */
+static int watch_flow(const struct flow *f, fd_set *readable, fd_set *writable)
 {
-    if (f->used < f->size)
-        watch_fd(f->to, writable, top);
-    else if (!f->ended)
-        watch_fd(f->from, readable, top);
+    bool full = f->used < f->size;
+    int fd = full ? f->to : f->from;
+
+    if (f->ended && !full)
+        return -1;
+    FD_SET(fd, full ? writable : readable);
+    return fd;
 }
 
 /* Waits for the exchanger as wait_ready() does, and copies meanwhile if there is a
@@ -1414,14 +1418,15 @@ static bool wait_exchange(struct exchange *x, bool writing, int64_t deadline)
         return wait_ready(x->fd, writing, deadline);
     do {
         fd_set readable, writable;
-        int top = -1;
+        int out, in, top = x->fd;
 
         FD_ZERO(&readable);
         FD_ZERO(&writable);
-        watch_fd(x->fd, writing ? &writable : &readable, &top);
-        watch_flow(&t->out, &readable, &writable, &top);
-        watch_flow(&t->in, &readable, &writable, &top);
-        wait_sets(top, &readable, &writable, deadline);
+        FD_SET(x->fd, writing ? &writable : &readable);
+        out = watch_flow(&t->out, &readable, &writable);
+        in = watch_flow(&t->in, &readable, &writable);
+        top = out > top ? out : top;
+        wait_sets(in > top ? in : top, &readable, &writable, deadline);
         copy_flow(&t->out);
         copy_flow(&t->in);
         if (FD_ISSET(x->fd, writing ? &writable : &readable))
@@ -1569,14 +1574,14 @@ static struct tunnel *start_openssl(const char *name, const char *path, int *err
 static void await_openssl(struct tunnel *t, int listener)
 {
     int64_t deadline = clock_ms() + OPENSSL_START * 1000;
-    int fd = -1, top = -1;
+    int fd = -1, top = listener > t->plain ? listener : t->plain;
     fd_set readable, none;
 
     do {
         FD_ZERO(&readable);
         FD_ZERO(&none);
-        watch_fd(listener, &readable, &top);
-        watch_fd(t->plain, &readable, &top);    /* nothing was said yet: this is its end */
+        FD_SET(listener, &readable);
+        FD_SET(t->plain, &readable);        /* nothing was said yet: this is its end */
         wait_sets(top, &readable, &none, deadline);
         if (FD_ISSET(listener, &readable))
             fd = accept(listener, NULL, NULL);
@@ -2422,7 +2427,8 @@ static bool watch(struct route *route)
     for (struct exchange *x = route->x; x < route->x + route->count; x++) {
         if (x->progress != CONNECTING && x->progress != AWAITING)
             continue;
-        watch_fd(x->fd, x->progress == CONNECTING ? &writable : &readable, &top);
+        FD_SET(x->fd, x->progress == CONNECTING ? &writable : &readable);
+        top = x->fd > top ? x->fd : top;
         first = x->deadline < first ? x->deadline : first;
     }
     if (top < 0)
@@ -2725,7 +2731,7 @@ static enum reach deliver(struct batch *b, struct message *m, struct recipient *
     }
     for (size_t k = 0; k < route->count; k++)
         route->x[k].id = m->id;
-    if (route->count > 0) {
+    if (route->outcome == SENT) {
         survey(m);
         reach = try_exchangers(b, route, m, to, count);
     } else {
@@ -3656,7 +3662,7 @@ static bool read_due(int due_fd)
 /* Waits until an id comes over the due pipe, if the list has room for it, until a
  * signal comes, or until clock_ms() reaches `until`.  Signals are delivered only here.
  * Returns whether the pipe can be read. */
-static bool wait_for_due(int due_fd, int64_t until, const sigset_t *wait_mask)
+static bool wait_for_due(int due_fd, int64_t until, const sigset_t *open)
 {
     int64_t left = until - clock_ms();
     struct timespec timeout = { 0, 0 };
@@ -3670,22 +3676,22 @@ static bool wait_for_due(int due_fd, int64_t until, const sigset_t *wait_mask)
     FD_ZERO(&readable);
     if (listed_count < LISTED_LIMIT * 3 / 4)
         watch_fd(due_fd, &readable, &top);
-    return pselect(top + 1, &readable, NULL, NULL, &timeout, wait_mask) > 0;
+    return pselect(top + 1, &readable, NULL, NULL, &timeout, open) > 0;
 }
 
 void manage_queue(int due_fd, pid_t server)
 {
     struct sigaction action = { .sa_handler = on_wake };
-    sigset_t wait_mask;
+    sigset_t open;
 
     batch_limit = (unsigned)(settings.forwarders - fresh_slots());
     batches = allocate_array(batch_limit, sizeof *batches);
     sigemptyset(&action.sa_mask);
     sigaction(SIGHUP, &action, NULL);
     sigaction(SIGCHLD, &action, NULL);
-    sigprocmask(SIG_SETMASK, NULL, &wait_mask);
-    sigdelset(&wait_mask, SIGHUP);
-    sigdelset(&wait_mask, SIGCHLD);
+    sigprocmask(SIG_SETMASK, NULL, &open);
+    sigdelset(&open, SIGHUP);
+    sigdelset(&open, SIGCHLD);
     while (getppid() == server) {
         int64_t until;
 
@@ -3694,7 +3700,7 @@ void manage_queue(int due_fd, pid_t server)
         until = start_batches();
         if (next_search() < until)
             until = next_search();
-        if (wait_for_due(due_fd, until, &wait_mask) && !read_due(due_fd))
+        if (wait_for_due(due_fd, until, &open) && !read_due(due_fd))
             break;
     }
     _exit(0);

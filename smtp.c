@@ -1470,7 +1470,7 @@ static void fill(struct events *e)
 /* Waits for the first event.  Signals are delivered only here: a signal that came
  * between a test of its flag and a plain select() would be noticed too late (a lost
  * wake-up), so pselect() opens the mask and waits in one step. */
-static void wait_for_events(struct events *e, const sigset_t *wait_mask)
+static void wait_for_events(struct events *e, const sigset_t *open)
 {
     static int64_t next_look;
     struct timespec timeout = { 0, 0 };
@@ -1480,14 +1480,14 @@ static void wait_for_events(struct events *e, const sigset_t *wait_mask)
         timeout.tv_sec = (time_t)(left / 1000);
         timeout.tv_nsec = (long)(left % 1000) * 1000000;
     }
-    if (pselect(e->top + 1, &e->readable, &e->writable, NULL, e->until == INT64_MAX ? NULL : &timeout, wait_mask) < 0) {
+    if (pselect(e->top + 1, &e->readable, &e->writable, NULL, e->until == INT64_MAX ? NULL : &timeout, open) < 0) {
         FD_ZERO(&e->readable);          /* a signal: the sets mean nothing now */
         FD_ZERO(&e->writable);
     } else if (now >= next_look) {      /* on Linux pselect() delivers no signal while a descriptor is ready */
         sigset_t blocked;
 
         next_look = now + SIGNAL_WAIT;
-        sigprocmask(SIG_SETMASK, wait_mask, &blocked);
+        sigprocmask(SIG_SETMASK, open, &blocked);
         sigprocmask(SIG_SETMASK, &blocked, NULL);
     }
 }
@@ -1793,25 +1793,25 @@ static sigset_t catch_signals(void)
 {
     static const int caught[] = { SIGTERM, SIGINT, SIGHUP, SIGCHLD };
     struct sigaction action;
-    sigset_t blocked, wait_mask;
+    sigset_t blocked, open;
 
     memset(&action, 0, sizeof action);
     action.sa_handler = on_signal;
     sigemptyset(&blocked);
-    sigprocmask(SIG_SETMASK, NULL, &wait_mask);
+    sigprocmask(SIG_SETMASK, NULL, &open);
     for (size_t i = 0; i < sizeof caught / sizeof caught[0]; i++) {
         sigaddset(&blocked, caught[i]);
-        sigdelset(&wait_mask, caught[i]);
+        sigdelset(&open, caught[i]);
     }
     sigprocmask(SIG_BLOCK, &blocked, NULL);
     for (size_t i = 0; i < sizeof caught / sizeof caught[0]; i++)
         sigaction(caught[i], &action, NULL);
     signal(SIGPIPE, SIG_IGN);       /* write() says that a client has hung up, ... */
     signal(SIGXFSZ, SIG_IGN);       /* ... and that a file may not grow */
-    return wait_mask;
+    return open;
 }
 
-static void run(const sigset_t *wait_mask)
+static void run(const sigset_t *open)
 {
     struct events events;
 
@@ -1827,7 +1827,7 @@ static void run(const sigset_t *wait_mask)
         if (!divided && !got_term)
             keep_queue_manager();
         fill(&events);
-        wait_for_events(&events, wait_mask);
+        wait_for_events(&events, open);
         serve(&events);
     }
 }
@@ -2376,7 +2376,7 @@ int main(int argc, char **argv)
     bool root = geteuid() == 0 || getuid() == 0;
     const struct passwd *user = NULL;
     enum task task;
-    sigset_t wait_mask;
+    sigset_t open;
 
     settle_descriptors();
     umask(077);
@@ -2404,12 +2404,12 @@ int main(int argc, char **argv)
     spool_enter(root ? user->pw_uid : geteuid(), root ? user->pw_gid : getegid());
     if (root)
         drop_root(user);
-    wait_mask = catch_signals();
+    open = catch_signals();
     spool_lock = spool_take();
     size_table();
     open_pipe(due_pipe);
     warn_if_open();
     log_listening();
-    run(&wait_mask);
+    run(&open);
     return 0;
 }

@@ -1,5 +1,6 @@
 """The conformance suite itself: that each of its tests can fail, and for its own reason only."""
 import atexit
+import contextlib
 import functools
 import json
 import multiprocessing
@@ -21,6 +22,8 @@ import lab
 SUITE = Path(__file__).parent / "conformance"
 sys.path.insert(0, str(SUITE))
 
+import broken_client        # noqa: E402
+import client       # noqa: E402
 import report       # noqa: E402
 import suite        # noqa: E402
 from broken import FAULTS, SEEN_BY, Broken      # noqa: E402
@@ -170,6 +173,47 @@ def test_a_server_that_listens_again_is_asked_again():
     ("a\u200bb".encode(), r"a\u200bb")])
 def test_octets_are_shown_as_a_reader_can_read_them(octets, shown):
     assert readable(octets) == shown
+
+
+# ---- Clients -----------------------------------------------------------------------------------
+
+
+def judged(fault):
+    """What the rules say of the client with this fault."""
+    def send(host, port, sender, recipient, message):
+        with contextlib.suppress(SystemExit, OSError):
+            broken_client.send(host, port, sender, recipient, message, fault)
+
+    return Found(client.run(send, ("127.0.0.1", 0), seconds=0.5), "")
+
+
+@pytest.fixture(scope="module")
+def clients():
+    """The broken clients, judged; many at once, since most of the time they wait."""
+    with pytest.MonkeyPatch.context() as patch, ThreadPoolExecutor(20) as pool:
+        patch.setattr("unusual.PAUSE", 0.05)
+        patch.setattr("client.QUIET", 0.1)
+        yield {fault: pool.submit(judged, fault) for fault in [None, *broken_client.FAULTS]}
+
+
+def test_nothing_is_found_where_a_client_does_nothing_wrong(clients):
+    found = clients[None].result()
+    assert found.of("pass") == set(broken_client.FAULTS) and found.reasons("fail") == set()
+
+
+@pytest.mark.parametrize("fault", sorted(broken_client.FAULTS))
+def test_what_a_client_does_wrong_is_found_and_nothing_else(clients, fault):
+    found = clients[fault].result()
+    assert found.of("fail") == {fault}, found.reasons("fail")
+    assert found.of("error") == set()
+
+
+def test_a_client_is_a_command(command):
+    client = f"{sys.executable} {SUITE / 'broken_client.py'} {{host}} {{port}} {{sender}} {{recipient}} {{message}}"
+    done = command("--client", client + " 4.5.2-d", "--only", "4.5.2", "--listen", "127.0.0.1:0")
+    assert done.returncode == 1 and "It is not so: the message is not what was to be sent." in done.stdout, done.stderr
+    done = command("--client", "true", "--delivery-timeout", 0.5)
+    assert done.returncode == 3 and "the client has made no connection" in done.stderr
 
 
 # ---- The command ------------------------------------------------------------------------------
@@ -333,6 +377,10 @@ def test_the_index_has_every_test_of_the_suite_and_its_level(index):
             tests[number] = level.upper()
     assert {"R-" + fault for fault in FAULTS} == set(tests)
     assert {number: level for number, level, test in index if test == "suite"} == tests
+
+
+def test_the_index_has_every_rule_for_clients_and_its_level(index):
+    assert set(client.requirements().items()) <= {(number, level) for number, level, _ in index}
 
 
 def test_what_the_index_points_to_is_there(index):

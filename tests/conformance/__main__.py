@@ -13,6 +13,7 @@ try:
 except ImportError:
     sys.exit("the suite needs pytest: python3 -m pip install pytest, or apt-get install python3-pytest")
 
+import client       # noqa: E402
 import report       # noqa: E402
 import suite        # noqa: E402
 from dialogue import Target     # noqa: E402
@@ -38,11 +39,16 @@ def endpoint(text):
     return host.strip("[]"), int(port or 25)
 
 
+def numbers():
+    """Of all requirements, of servers and of clients."""
+    return {**suite.requirements(), **client.requirements()}
+
+
 def selection(text):
     """Sections, RFCs and numbers of requirements."""
     words = [word[2:] if word.upper().startswith("R-") else word for word in re.split(r"[,\s]+", text.strip(", "))]
     for word in words:
-        if not any(report.matches(number, word) for number in suite.requirements()):
+        if not any(report.matches(number, word) for number in numbers()):
             raise argparse.ArgumentTypeError(f"no requirement is called {word!r}, nor begins so")
     return words
 
@@ -57,7 +63,7 @@ def known(path):
     for count, line in enumerate(lines, 1):
         number, _, reason = line.strip().partition(" ")
         if number and not number.startswith("#"):
-            if number not in suite.requirements():
+            if number not in numbers():
                 raise argparse.ArgumentTypeError(f"{path}, line {count}: no requirement is called {number!r}")
             if not reason.strip():
                 raise argparse.ArgumentTypeError(f"{path}, line {count}: {number} needs a reason behind it")
@@ -72,6 +78,11 @@ def options():
     add = parser.add_argument
     add("--server", metavar="HOST:PORT", type=endpoint,
         help="the server under test; without it: this repository's, which has to be built, on this machine alone")
+    add("--client", metavar="COMMAND",
+        help="judge a client instead: a command of the shell that sends a message, run about 15 times; {host}, {port}, "
+             "{sender}, {recipient} and {message}, a file that is also its standard input, are replaced in it")
+    add("--listen", metavar="HOST:PORT", type=endpoint, default=("127.0.0.1", 0),
+        help="where the suite listens for the client (127.0.0.1 and any port)")
     add("--from", dest="sender", metavar="ADDRESS", default="", help="for MAIL FROM; without it: the null reverse-path")
     add("--to", dest="recipient", metavar="ADDRESS", help="where mail may be sent; without it: nowhere")
     add("--sink", metavar="HOST:PORT", type=endpoint,
@@ -141,6 +152,8 @@ def this_server(waits):
 def main(*words):
     parser = options()
     arguments = parser.parse_args(words or None)
+    if arguments.client:
+        return judge_client(arguments)
     if arguments.server is None and not (SUITE.parent / "lab.py").exists():
         parser.error("--server is needed: which server is to be asked?")
     name = "{}:{}".format(*arguments.server) if arguments.server else "this server, in the lab"
@@ -151,6 +164,21 @@ def main(*words):
     except (Unasked, OSError) as error:
         print(error, file=sys.stderr)
         return INCOMPLETE
+    return finish(arguments, name, results, went_well)
+
+
+def judge_client(arguments):
+    try:
+        results = client.run(arguments.client, arguments.listen, timeout=min(arguments.delivery_timeout, 60),
+                             only=arguments.only, tell=tell)
+    except (Unasked, OSError) as error:
+        print(error, file=sys.stderr)
+        return INCOMPLETE
+    return finish(arguments, arguments.client, results)
+
+
+def finish(arguments, name, results, went_well=True):
+    """Tells and writes the results; returns the exit status."""
     outcome = report.Outcome(name, results, arguments.known, arguments.strict)
     print("\n" + report.as_text(outcome), end="")
     if arguments.report:

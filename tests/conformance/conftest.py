@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import report
-from dialogue import Departure, Dismissed, Unasked
+from dialogue import Dismissed, Unasked, verdict
 
 
 def pytest_configure(config):
@@ -118,19 +118,6 @@ def tour(target, tours):
 
 
 # ---- The results -----------------------------------------------------------------------
-
-
-def verdict(error):
-    """What an exception of a test says of the server, and its words for that."""
-    if error is None:
-        return "pass", ""
-    if isinstance(error, pytest.skip.Exception):
-        return "n/a", str(error)
-    if isinstance(error, Departure):
-        return "fail", str(error)
-    if isinstance(error, Unasked):
-        return "error", str(error)
-    return "error", f"the suite itself failed: {type(error).__name__}: {error}".partition("\n")[0]
 
 
 @pytest.hookimpl(hookwrapper=True)

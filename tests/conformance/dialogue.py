@@ -78,6 +78,19 @@ def fail(reason):
     raise Departure(reason)
 
 
+def verdict(error):
+    """What an exception of a test says of the server, and its words for that."""
+    if error is None:
+        return "pass", ""
+    if isinstance(error, pytest.skip.Exception):
+        return "n/a", str(error)
+    if isinstance(error, Departure):
+        return "fail", str(error)
+    if isinstance(error, Unasked):
+        return "error", str(error)
+    return "error", f"the suite itself failed: {type(error).__name__}: {error}".partition("\n")[0]
+
+
 def either(codes):
     """Codes, in words.  A single digit stands for all codes that begin with it."""
     words = [f"{code}yz" if len(code) == 1 else code for code in codes]
