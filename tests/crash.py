@@ -114,16 +114,20 @@ class Soak:
             exchanger.set(replies={})
         self.start()
         try:
-            lab.wait_for(self._emptied, 120, "an empty queue")
+            left = len(self._relay.queue())
+            while left:         # thousands of messages take their time: each message fewer is a good sign
+                lab.wait_for(lambda: self._left() < left, 60, f"fewer than {left} messages in the queue")
+                left = self._left()
         finally:
             self._relay.stop()
             for exchanger in self.exchangers:
                 exchanger.stop()
             self.dns.stop()
 
-    def _emptied(self):
+    def _left(self):
         self._relay.hangup()
-        return not self._relay.queue()
+        time.sleep(0.1)         # while it looks through a long queue it forwards nothing
+        return len(self._relay.queue())
 
     def account(self):
         """Returns (lost, cut, duplicates, unexplained), each a list of
