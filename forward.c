@@ -2093,7 +2093,7 @@ struct transaction {
     struct group accepted;      /* RCPT was answered with 2xx */
     struct group surplus;       /* RCPT was answered with 451, 452 or 552: another transaction may have room */
     bool full;                  /* a 452 or 552 was among these: the exchanger has a limit of recipients */
-    bool content_awaited;       /* DATA was answered with 354 */
+    bool content_awaited;       /* DATA was answered with 354, or another 3yz */
 };
 
 static void add_to_group(struct group *g, struct recipient *r)
@@ -2197,7 +2197,7 @@ static bool say_envelope(struct exchange *x, const char *commands, struct transa
         return true;
     if (next_reply(x, &commands, DATA_COMMAND) == 0)
         return false;
-    t->content_awaited = x->code == 354;
+    t->content_awaited = x->code / 100 == 3;    /* 354; the first digit says what to do: RFC 5321 4.2.1 */
     if (t->content_awaited && !mail_ok) {       /* what is it that the exchanger would take? */
         lose(x, "a yes after a no", DATA_COMMAND);
         return false;

@@ -1181,10 +1181,11 @@ def test_terse_replies(world, end):
 
 
 @hostile
-@pytest.mark.parametrize("code, status", [(299, "sent"), (499, "later"), (599, "failed")])
-def test_codes_that_no_rfc_lists(world, code, status):
+@pytest.mark.parametrize("command, code, status", [
+    ("RCPT", 299, "sent"), ("RCPT", 499, "later"), ("RCPT", 599, "failed"), ("DATA", 358, "sent")])
+def test_codes_that_no_rfc_lists(world, command, code, status):
     """The first digit says enough (RFC 5321 4.3.2)."""
-    world.exchanger.set(replies={"RCPT": f"{code} news"})
+    world.exchanger.set(replies={command: f"{code} news"})
     send(world.relay, "b@example.net")
     assert outcome(world.relay, "b@example.net").status == status
 
