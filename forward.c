@@ -1493,26 +1493,28 @@ static void quote_openssl(struct exchange *x, const struct tunnel *t)
     snprintf(x->words, sizeof x->words, "4.7.5 no TLS: %.*s", (int)strcspn(said, "\n"), said);
 }
 
-/* Closes all but the exchanger's socket, which is returned. */
+/* Ends openssl and closes all but the exchanger's socket, which is returned. */
 static int close_tunnel(struct tunnel *t)
 {
+    const int ours[] = { t->plain, t->errors, t->out.from };
     int exchanger = t->out.to;
 
-    close(t->plain);
-    close(t->errors);
-    if (t->out.from >= 0)
-        close(t->out.from);
-    kill(t->pid, SIGKILL);      /* it ends by itself, but when? */
-    while (waitpid(t->pid, NULL, 0) < 0 && errno == EINTR)
-        ;
+    for (size_t i = 0; i < sizeof ours / sizeof ours[0]; i++)
+        if (ours[i] >= 0)
+            close(ours[i]);
+    if (t->pid > 0) {
+        kill(t->pid, SIGKILL);      /* it ends by itself, but perhaps not now */
+        while (waitpid(t->pid, NULL, 0) < 0 && errno == EINTR)
+            ;
+    }
     free(t);
     return exchanger;
 }
 
-/* A Unix socket in the spool, where only this user's processes can connect to it.
- * It is named like a draft: what a crash leaves is cleared like one.  Returns -1
- * with the error if there can be none. */
-static int listen_in_spool(struct sockaddr_un *here, int *error)
+/* Listens on a Unix socket in the spool, where no other user's process can connect to
+ * it.  It is named like a draft, and what a crash leaves is cleared like one.  Returns
+ * -1 with errno if there can be none. */
+static int listen_in_spool(struct sockaddr_un *here)
 {
     char id[ID_SIZE];
     int fd = socket(AF_UNIX, SOCK_STREAM, 0);
@@ -1521,67 +1523,51 @@ static int listen_in_spool(struct sockaddr_un *here, int *error)
     memset(here, 0, sizeof *here);
     here->sun_family = AF_UNIX;
     snprintf(here->sun_path, sizeof here->sun_path, "%s", spool_path("tmp", id));
-    if (fd >= 0 && bind(fd, (struct sockaddr *)here, sizeof *here) == 0 && listen(fd, 1) == 0)
-        return fd;
-    *error = errno;
-    if (fd >= 0)
+    if (fd >= 0 && (bind(fd, (struct sockaddr *)here, sizeof *here) != 0 || listen(fd, 1) != 0)) {
         close(fd);
-    return -1;
+        fd = -1;
+    }
+    return fd;
 }
 
-/* Closes both descriptors, of which each may be -1. */
-static void close_pair(const int fds[2])
+/* Forks openssl for an exchanger of this name.  False with errno: there is no
+ * descriptor or no process for it. */
+static bool start_openssl(struct tunnel *t, const char *name, const char *path)
 {
-    for (int i = 0; i < 2; i++)
-        if (fds[i] >= 0)
-            close(fds[i]);
-}
+    int plain[2], errors[2];
 
-/* Forks openssl, for an exchanger of this name.  Returns NULL with the error: there
- * is no descriptor or no process for it. */
-static struct tunnel *start_openssl(const char *name, const char *path, int *error)
-{
-    int plain[2] = { -1, -1 }, errors[2] = { -1, -1 };
-    struct tunnel *t;
-    pid_t pid = -1;
-
-    if (socketpair(AF_UNIX, SOCK_STREAM, 0, plain) == 0 && pipe(errors) == 0) {
-        errno = EMFILE;
-        if (errors[1] < FD_SETSIZE)     /* opened last, so the others are lower */
-            pid = fork();
-    }
-    *error = errno;
-    if (pid < 0) {
-        close_pair(plain);
-        close_pair(errors);
-        return NULL;
-    }
-    if (pid == 0)
-        become_openssl(name, path, plain[1], errors[1]);
-    close(plain[1]);
-    close(errors[1]);
-    fcntl(plain[0], F_SETFL, O_NONBLOCK);
-    fcntl(errors[0], F_SETFL, O_NONBLOCK);
-    t = allocate(NULL, sizeof *t);
-    memset(t, 0, sizeof *t);
-    t->pid = pid;
+    if (socketpair(AF_UNIX, SOCK_STREAM, 0, plain) != 0)
+        return false;
     t->plain = plain[0];
-    t->errors = errors[0];
-    return t;
+    if (pipe(errors) == 0) {
+        t->errors = errors[0];
+        if (errors[1] < FD_SETSIZE)     /* it is the highest of them */
+            t->pid = fork();
+        if (t->pid == 0)
+            become_openssl(name, path, plain[1], errors[1]);
+        close(errors[1]);
+        fcntl(t->errors, F_SETFL, O_NONBLOCK);
+    }
+    close(plain[1]);
+    fcntl(t->plain, F_SETFL, O_NONBLOCK);
+    return t->pid > 0;
 }
 
-/* Waits until openssl connects to us, which is the first thing it does, or ends. */
-static void await_openssl(struct tunnel *t, int listener)
+/* Waits until openssl connects to us, which is the first thing it does.  False: it
+ * ends before, or takes too long. */
+static bool await_openssl(struct tunnel *t, int listener)
 {
     int64_t deadline = clock_ms() + OPENSSL_START * 1000;
-    int fd = -1, top = listener > t->plain ? listener : t->plain;
     fd_set readable, none;
+    int fd = -1;
 
     do {
+        int top = -1;
+
         FD_ZERO(&readable);
         FD_ZERO(&none);
-        FD_SET(listener, &readable);
-        FD_SET(t->plain, &readable);        /* nothing was said yet: this is its end */
+        watch_fd(listener, &readable, &top);
+        watch_fd(t->plain, &readable, &top);    /* nothing was said yet: this is its end */
         wait_sets(top, &readable, &none, deadline);
         if (FD_ISSET(listener, &readable))
             fd = accept(listener, NULL, NULL);
@@ -1589,39 +1575,42 @@ static void await_openssl(struct tunnel *t, int listener)
     if (fd >= 0)
         fcntl(fd, F_SETFL, O_NONBLOCK);
     t->out.from = t->in.to = fd;
+    return fd >= 0;
 }
 
-/* Starts openssl between us and the exchanger, to which nothing is said yet.
- * Returns NULL with the reason in x->words.  An openssl that ends before it has
- * connected cannot run here: this process does not start it again. */
+/* Starts openssl between us and the exchanger, to which nothing is said yet.  Returns
+ * NULL with the reason in x->words.  An openssl that ends before it has connected
+ * cannot run here: this process does not start it again. */
 static struct tunnel *open_tunnel(struct exchange *x)
 {
     static char missing[REPLY_SIZE];    /* why openssl cannot run here, once that is known */
     struct sockaddr_un here;
-    struct tunnel *t = NULL;
-    int listener, error = 0;
+    struct tunnel *t;
+    int listener;
 
     if (missing[0] != '\0') {
         strcpy(x->words, missing);
         return NULL;
     }
-    listener = listen_in_spool(&here, &error);
+    t = allocate(NULL, sizeof *t);
+    memset(t, 0, sizeof *t);
+    t->pid = t->plain = t->errors = t->out.from = -1;
+    t->in.from = t->out.to = x->fd;
+    listener = listen_in_spool(&here);
+    if (listener < 0 || !start_openssl(t, x->name, here.sun_path)) {
+        snprintf(x->words, sizeof x->words, "4.7.5 no TLS: %s", strerror(errno));
+    } else if (!await_openssl(t, listener)) {
+        strcpy(x->words, "4.7.5 no TLS: openssl does not start");
+        quote_openssl(x, t);
+        if (wait_ready(t->plain, false, 0))
+            strcpy(missing, x->words);
+    }
     if (listener >= 0) {
-        t = start_openssl(x->name, here.sun_path, &error);
-        if (t != NULL)
-            await_openssl(t, listener);
         close(listener);
         unlink(here.sun_path);
     }
-    snprintf(x->words, sizeof x->words, "4.7.5 no TLS: %s", t == NULL ? strerror(error) : "openssl does not start");
-    if (t == NULL)
-        return NULL;
-    t->in.from = t->out.to = x->fd;
     if (t->out.from >= 0)
         return t;
-    quote_openssl(x, t);
-    if (wait_ready(t->plain, false, 0))
-        strcpy(missing, x->words);
     close_tunnel(t);
     return NULL;
 }
@@ -1902,16 +1891,6 @@ static bool begin_tls(struct exchange *x)
     return false;
 }
 
-/* The greeting, where TLS comes first. */
-static enum outcome hear_greeting(struct exchange *x)
-{
-    int code = read_reply(x, GREETING);
-
-    if (judge(x, code) == FAILED)
-        x->refusal = NO_MAIL;
-    return judge(x, code) == SENT ? SENT : LATER;
-}
-
 /* TLS, and EHLO by TLS: nothing counts that was said before (RFC 3207 4.2).  The
  * first reply proves that the handshake is done.  Where it has failed the exchanger
  * may be tried once more, in plain. */
@@ -1921,7 +1900,9 @@ static enum outcome start_tls(struct exchange *x)
 
     if (begin_tls(x)) {
         if (settings.tls_first)
-            hello = hear_greeting(x);
+            hello = judge(x, read_reply(x, GREETING));
+        if (hello == FAILED)
+            x->refusal = NO_MAIL;
         if (hello == SENT)
             hello = say_hello(x);
         if (x->code != 0)
