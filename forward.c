@@ -99,7 +99,7 @@ enum {
     BATCH_GAP = 250,            /* ms between the beginnings of two batches of a lane that needs only one ... */
     BATCH_WORTH = 25,           /* ... unless so many messages wait */
     PATIENCE = 2,               /* batches in a row that may find no room before their mail has to back off */
-    PIPE_MAY_BE_FULL = 4096,    /* octets read from the due pipe at once, from which on it may have been full */
+    PIPE_MAY_BE_FULL = 4096 - DUE_SIZE,     /* if a read takes this many octets, the due pipe may have been full */
     LISTED_LIMIT = 4096,        /* due messages that the queue manager knows at once */
     HEADER_LIMIT = 32768        /* octets of the original's header in a report */
 };
@@ -3050,10 +3050,10 @@ static bool may_give_back(const struct message *m)
     return !m->gone;
 }
 
-/* Leaves the message in the queue, due now. */
-static void give_back(struct message *m)
+/* Leaves the message in the queue, due now, because of what the exchanger `said`. */
+static void give_back(struct message *m, const char *said)
 {
-    logmsg("%s finds no room for another connection (%s): tried again soon", m->id, m->recipients[0].said);
+    logmsg("%s finds no room for another connection (%s): tried again soon", m->id, said);
     m->due = wall_clock();
     set_due(m);
 }
@@ -3081,7 +3081,7 @@ static enum reach try_message(struct batch *b, struct message *m, struct draft *
         deliver_parties(b, m, parties, count);
     }
     if (reach == NO_ROOM)
-        give_back(m);
+        give_back(m, order[0]->said);
     else if (!m->gone)
         conclude(m, report);
     free(order);
@@ -3137,14 +3137,21 @@ bool draft_store(struct draft *d, int reply_fd)
     return stored;
 }
 
-void draft_hand_over(const struct draft *d, uint32_t lane, int due_fd)
+/* Writes a line on the due pipe.  If the pipe is full, nothing is lost: the queue manager
+ * notices that, and finds the message in the queue. */
+static void announce_due(const char *id, uint32_t lane, int due_fd)
 {
     char line[DUE_SIZE + 1];
-    int n = snprintf(line, sizeof line, DUE_FORMAT, d->id, (unsigned long)lane);
+    int n = snprintf(line, sizeof line, DUE_FORMAT, id, (unsigned long)lane);
 
-    close(d->fd);           /* and with it the lock, which the batch needs */
     if (write(due_fd, line, (size_t)n) != n)
-        return;             /* the pipe is full: the queue manager finds the message in the queue */
+        return;
+}
+
+void draft_hand_over(const struct draft *d, uint32_t lane, int due_fd)
+{
+    close(d->fd);           /* and with it the lock, which the batch needs */
+    announce_due(d->id, lane, due_fd);
 }
 
 void draft_forward(const struct draft *d, uint32_t lane, bool company, int due_fd)
@@ -3154,7 +3161,7 @@ void draft_forward(const struct draft *d, uint32_t lane, bool company, int due_f
 
     drop_kept(&alone);
     if (reach == NO_ROOM)
-        draft_hand_over(d, lane, due_fd);
+        announce_due(d->id, lane, due_fd);      /* forward_file() has closed the draft */
     _exit(0);
 }
 
@@ -3263,15 +3270,29 @@ static struct lane *find_lane(uint32_t lane)
     return &lanes[i];
 }
 
-/* Drops the lanes that have nothing to do and nothing to wait for. */
+/* Forgets the lanes that have neither messages nor batches.  A lane that was not served
+ * is remembered until the search after next, or it would get a large share of the list
+ * again each time. */
 static void forget_idle_lanes(int64_t now)
 {
     size_t left = 0;
 
-    for (size_t i = 0; i < lane_count; i++)
-        if (lanes[i].waiting > 0 || lanes[i].batches > 0 || now < lanes[i].not_before)
+    for (size_t i = 0; i < lane_count; i++) {
+        const struct lane *l = &lanes[i];
+        int64_t until = l->not_before + (l->refusals > 0 ? 2 * NAP_LIMIT * 1000 : 0);
+
+        if (l->waiting > 0 || l->batches > 0 || now < until)
             lanes[left++] = lanes[i];
+    }
     lane_count = left;
+}
+
+/* How many messages of this lane may wait in the list: half of the list, so that messages
+ * of others have room behind them; only one batch if the lane's last batch was not served,
+ * since the next one may be long in coming. */
+static size_t list_share(const struct lane *l)
+{
+    return l->refusals > 0 ? BATCH_LIMIT : LISTED_LIMIT / 2;
 }
 
 /* Where this id stands in the list, or would stand. */
@@ -3297,8 +3318,8 @@ static bool is_listed(const char *id)
     return i < listed_count && strcmp(listed[i].id, id) == 0;
 }
 
-/* Lists a message that is due.  One lane may fill no more than half of the list, so
- * that the messages of others are seen behind it. */
+/* Lists a message that is due, if its lane may have one more in the list.  If not, a
+ * search will find it: soon, unless its lane is not served anyway. */
 static void list_due(const char *id, uint32_t lane, bool fresh)
 {
     size_t i = find_listed(id);
@@ -3307,8 +3328,8 @@ static void list_due(const char *id, uint32_t lane, bool fresh)
     if (is_listed(id))
         return;
     l = listed_count < LISTED_LIMIT ? find_lane(lane) : NULL;
-    if (l == NULL || l->waiting >= LISTED_LIMIT / 2) {
-        search_again = true;
+    if (l == NULL || l->waiting >= list_share(l)) {
+        search_again = search_again || l == NULL || l->refusals == 0;
         return;
     }
     memmove(&listed[i + 1], &listed[i], (listed_count++ - i) * sizeof listed[0]);
@@ -3418,8 +3439,27 @@ static size_t unlist(pid_t batch, struct lane *l)
     return back;
 }
 
-/* A batch has ended: learns from it how many its lane may have (see above).  A lane
- * whose only batch was not served pauses: a second, then twice as long each time. */
+/* Takes the newest of a lane's waiting messages off the list, down to the lane's share. */
+static void shorten_list(struct lane *l)
+{
+    size_t left = 0, waiting = 0;
+
+    for (size_t i = 0; i < listed_count; i++) {
+        if (listed[i].batch == 0 && listed[i].lane == l->lane && ++waiting > list_share(l)) {
+            l->waiting--;
+            l->fresh -= listed[i].fresh;
+            continue;
+        }
+        if (left < i)
+            listed[left] = listed[i];
+        left++;
+    }
+    listed_count = left;
+}
+
+/* Takes note of a batch that has ended, and learns from it how many batches its lane may
+ * have (see above).  A lane whose only batch was not served pauses: for a second, then
+ * twice as long each time. */
 static void end_batch(const struct batch_process *p, bool served)
 {
     struct lane *l = find_lane(p->lane);
@@ -3429,6 +3469,7 @@ static void end_batch(const struct batch_process *p, bool served)
 
     l->batches--;
     if (served && back < p->count) {
+        search_again = search_again || l->refusals > 0;     /* the lane's share of the list grows again */
         l->refusals = 0;
         if (l->waiting > 0 && (back > 0 || p->count == BATCH_LIMIT) && l->allowed < most)
             l->allowed++;
@@ -3442,6 +3483,7 @@ static void end_batch(const struct batch_process *p, bool served)
     l->refusals++;
     l->gap = false;
     l->not_before = clock_ms() + pause;
+    shorten_list(l);
 }
 
 static void reap_batches(void)
@@ -3564,7 +3606,7 @@ static time_t search_queue(bool make_due, bool complain)
     while (queue != NULL && (entry = readdir(queue)) != NULL) {
         if (entry->d_name[0] == '.' || !is_due(entry->d_name, make_due, complain, &next) || is_listed(entry->d_name))
             continue;
-        if (listed_count < LISTED_LIMIT)
+        if (listed_count < LISTED_LIMIT / 4 * 3)    /* the rest is for fresh mail, from the due pipe */
             examine_due(entry->d_name, complain);
         else
             search_again = true;
@@ -3655,7 +3697,7 @@ static bool wait_for_due(int due_fd, int64_t until, const sigset_t *open)
         timeout.tv_nsec = (long)(left % 1000) * 1000000;
     }
     FD_ZERO(&readable);
-    if (listed_count < LISTED_LIMIT * 3 / 4)
+    if (listed_count < LISTED_LIMIT)
         watch_fd(due_fd, &readable, &top);
     return pselect(top + 1, &readable, NULL, NULL, &timeout, open) > 0;
 }
