@@ -6,14 +6,16 @@
  * time runs in a child: at the final dot of each message the loop forks one, which
  * stores the message and, if the loop gave it a slot, forwards it (forward.c).
  *
- * Handlers never close or free a session.  They set its phase; the loop reaps.
+ * Handlers never close or free a session.  They set its phase, and the loop reaps
+ * sessions that are GONE.
  *
- * Contents, to be read from the end:
+ * Contents.  Each chapter calls only those above it, so read from the end: main(),
+ * run(), serve(), hear(), converse(), take_command(), and up from there.
  *   The log            logmsg() and die()
  *   Lines              what a line is
  *   Sessions           what is known of a client
- *   Replies            what it is told
- *   Children           every fork, and the children that run
+ *   Replies            what a client is told
+ *   Children           every fork, and the children that are running
  *   Addresses          the grammar of RFC 5321 4.1.2
  *   Access             which clients may relay, and to which domains
  *   Commands           the dialogue
@@ -43,23 +45,23 @@ enum {
     /* 512 octets (RFC 5321 4.5.3.1.4), and what SIZE and BODY add (RFC 1870 3, RFC 6152 2) */
     COMMAND_LIMIT = 512 + 26 + 17,
     LOG_LINE = 2048,        /* octets of a line in the log, its end included */
-    INPUT_SIZE = 65536,     /* what one read takes */
-    OUTPUT_LIMIT = 8192,    /* no further command is answered before so many octets are gone */
+    INPUT_SIZE = 65536,     /* octets that one read takes */
+    OUTPUT_LIMIT = 8192,    /* no command is answered while this many octets of replies are unsent */
     LINE_HEAD = 16,         /* the first octets of a line, which tell what it is */
-    REFUSAL_SIZE = 512,     /* what a client that gets no session is told, with its NUL */
+    REFUSAL_SIZE = 512,     /* the reply to a client that is not admitted, with its NUL */
     PROXY_LIMIT = 4096,     /* octets of a proxy's header */
     LOOP_LIMIT = 100,       /* Received: lines (RFC 5321 6.3) */
-    ERROR_LIMIT = 20,       /* 5xx replies without a completed transaction between */
+    ERROR_LIMIT = 20,       /* 5xx replies to a client since its last completed transaction */
     SIGNAL_WAIT = 20,       /* ms that a signal may wait while clients keep us busy */
     LINGER = 2000,          /* ms for a client to take its last reply */
-    STORING_AT_ONCE = 16,   /* messages; more would wait for the same disk, each in a process */
-    REST = 1000,            /* ms without accepting when something has run out */
+    STORING_AT_ONCE = 16,   /* messages; more would only be more processes that wait for the same disk */
+    REST = 1000,            /* ms without accepting clients when processes or descriptors have run out */
     LISTENERS = 16,
-    STRANGERS = 16,         /* clients that may not relay and are heard at once; the others are disconnected */
-    STRANGER_TIME = 5000,   /* ms that one of them is heard */
+    STRANGERS = 16,         /* sessions of clients that may not relay; further ones are disconnected */
+    STRANGER_TIME = 5000,   /* ms that such a session lasts at most */
     RESERVE = LISTENERS + STRANGERS + 16,   /* descriptors that are not for clients that may relay */
     ACCEPTS = 64,           /* clients accepted before the others are served again */
-    INHERITED = 65536       /* descriptors closed at the start; there may be some beyond today's limit */
+    INHERITED = 65536       /* descriptors closed at the start: some may lie beyond the present limit */
 };
 
 struct settings settings = {
@@ -76,27 +78,27 @@ struct settings settings = {
 
 /* ==== The log ============================================================ */
 
-/* Lines of this process that were dropped since the last one that was written. */
+/* How many lines were dropped since one could last be written. */
 static struct {
-    pid_t process;          /* which a fork changes: a child counts from 0 */
+    pid_t process;          /* the process that counts: after a fork the child begins at 0 */
     unsigned long count;
 } dropped;
 
 /* Writes a line to stderr unless that would have to wait.  Returns whether it is written.
  *
  * O_NONBLOCK would belong to the open file description, and so to all processes that
- * share it: the shell's next write to the same terminal could fail.  So select() is
- * asked whether the line would have to wait.  A pipe that can be written to takes
- * PIPE_BUF octets at once, and no line is longer.  Another child may write between the
- * two calls; on Linux even that leaves room, since a pipe that can be written to has a
- * whole page free, and two of the longest lines fit in one. */
+ * share it: the shell's next write to the same terminal could fail.  So select() says
+ * whether the line would have to wait.  A pipe that can be written to takes PIPE_BUF
+ * octets at once, and no line is longer.  Another process may write between the two
+ * calls; on Linux there is room even then, since a pipe that can be written to has a
+ * whole page free, which holds two of the longest lines. */
 static bool write_line(const char *line, size_t size)
 {
     return wait_ready(STDERR_FILENO, true, 0) && write(STDERR_FILENO, line, size) == (ssize_t)size;
 }
 
-/* Ends a line of `used` octets, of which not all need have fitted in, and makes it
- * printable.  Returns its length. */
+/* Cuts a line that would have `used` octets to what may be written, makes it printable,
+ * and ends it.  Returns its length. */
 static size_t end_line(char line[LOG_LINE], size_t used)
 {
     long most = fpathconf(STDERR_FILENO, _PC_PIPE_BUF);
@@ -112,7 +114,7 @@ static size_t end_line(char line[LOG_LINE], size_t used)
     return used;
 }
 
-/* Writes the line, behind the number of those that were dropped before it; or drops it. */
+/* Writes the line, after one that says how many were dropped before it; or drops it. */
 static void write_or_drop(const char *line, size_t size)
 {
     char count[100];
@@ -138,7 +140,7 @@ static void write_log(const char *prefix, int error, const char *format, va_list
     size_t used = (size_t)snprintf(line, sizeof line, "%s", prefix);
     int n = vsnprintf(line + used, sizeof line - used, format, arguments);
 
-    used += n < 0 ? 0 : (size_t)n;      /* what it would take: the line may be cut */
+    used += n < 0 ? 0 : (size_t)n;      /* the length of the whole text, of which some may be cut off */
     if (used < sizeof line && error != 0)
         used += (size_t)snprintf(line + used, sizeof line - used, ": %s", strerror(error));
     write_or_drop(line, end_line(line, used));
@@ -190,7 +192,7 @@ struct line next_line(const char *bytes, size_t size, bool lf)
 
 /* What is true in each phase. */
 enum phase {
-    PROXIED = -1,   /* a proxy has connected; in whose name, it has not said yet */
+    PROXIED = -1,   /* a proxy has connected; its header, which names the client, has not come yet */
     CONNECTED,      /* 220 is sent; no HELO yet */
     READY,          /* HELO is given; no transaction */
     MAILED,         /* the reverse-path is in the draft */
@@ -198,11 +200,11 @@ enum phase {
     DATA,           /* 354 is sent; lines go to the draft */
     COMPLETE,       /* the final dot has come; the message waits for a child, nothing is read */
     STORING,        /* a child stores the message; its reply comes over `pipe`, nothing is read */
-    CLOSING,        /* the last reply is given; what still comes is thrown away */
-    GONE            /* nothing is left to say or to hear: the loop reaps it */
+    CLOSING,        /* the last reply is given; further input is thrown away */
+    GONE            /* nothing is left to send or to read: the loop reaps the session */
 };
 
-/* A piece of memory that exists only while it holds something. */
+/* Memory that is allocated only while it holds something. */
 struct buffer {
     char *bytes;
     size_t size;
@@ -213,13 +215,13 @@ struct transaction {
     struct draft draft;
     uint32_t lane;          /* the first recipient's */
     char from[PATH_LIMIT];  /* the sender's mailbox */
-    char to[PATH_LIMIT];    /* the mailbox in the last RCPT, or "" where it has none */
+    char to[PATH_LIMIT];    /* the mailbox in the last RCPT, or "" if that had none */
     unsigned recipients;
     unsigned received;      /* Received: lines in the header */
     bool in_header;
     bool in_line;           /* a line has begun in an earlier piece */
     unsigned long long size;    /* octets, as RFC 1870 counts them */
-    const char *refusal;    /* what the final dot will be answered, if not 250 */
+    const char *refusal;    /* the reply that the final dot will get instead of 250; or NULL */
 };
 
 struct session {
@@ -227,15 +229,15 @@ struct session {
     int pipe;               /* the read end of a child's reply pipe in STORING, else -1 */
     enum phase phase;
     unsigned port;          /* the client's */
-    bool spoken;            /* its first line has come */
-    bool lf;                /* that line ended in a bare LF: so do all */
+    bool spoken;            /* the client's first line has come */
+    bool lf;                /* that line ended in a bare LF, so every LF ends a line */
     bool skipping;          /* inside a command line that is too long */
-    bool extended;          /* EHLO, not HELO */
-    bool check;             /* a proxy that only looks whether we live: it sends no mail */
+    bool extended;          /* the client said EHLO, not HELO */
+    bool check;             /* the proxy's own connection, such as a health check: it may send no mail */
     bool stranger;          /* it may not relay: its greeting was 554, and all but QUIT is answered 503 */
     unsigned errors;        /* 5xx replies since the last completed transaction */
-    int64_t deadline;       /* by clock_ms(): it has to say something before */
-    int64_t limit;          /* and to have completed a transaction before */
+    int64_t deadline;       /* by clock_ms(): when the session ends unless the client says something */
+    int64_t limit;          /* by clock_ms(): when it ends unless the client completes a transaction */
     union address peer;
     char *helo;             /* NULL before HELO */
     struct transaction *tx; /* NULL outside a transaction */
@@ -246,7 +248,7 @@ struct session {
 static struct session *sessions[FD_SETSIZE];
 static size_t session_count, session_limit;
 static bool divided;        /* this process serves the sessions of a table that was full, and accepts no others */
-static volatile sig_atomic_t got_child, got_hangup, got_term;  /* SIGCHLD, SIGHUP, SIGTERM or SIGINT has come */
+static volatile sig_atomic_t got_child, got_hangup, got_term;  /* SIGCHLD; SIGHUP; SIGTERM or SIGINT has come */
 
 static void close_fd(int *fd)
 {
@@ -255,8 +257,8 @@ static void close_fd(int *fd)
     *fd = -1;
 }
 
-/* Puts `size` octets in place of what the buffer holds.  `bytes` may be a part
- * of it.  False: no memory. */
+/* Replaces what the buffer holds by `size` octets, which may be a part of it.  False:
+ * no memory. */
 static bool buffer_set(struct buffer *b, const char *bytes, size_t size)
 {
     char *copy = NULL;
@@ -285,7 +287,7 @@ static bool buffer_add(struct buffer *b, const char *bytes, size_t size)
     return true;
 }
 
-/* Removes the transaction that was begun, with its draft, so that another may begin. */
+/* Ends the session's transaction, if there is one, and removes its draft. */
 static void reset(struct session *s)
 {
     if (s->tx != NULL) {
@@ -297,7 +299,7 @@ static void reset(struct session *s)
         s->phase = s->helo != NULL ? READY : CONNECTED;
 }
 
-/* Closes what this process has of a client.  The draft stays as it is. */
+/* Closes all descriptors of a session.  The draft's file stays. */
 static void close_session(struct session *s)
 {
     close_fd(&s->fd);
@@ -316,7 +318,7 @@ static void free_session(struct session *s)
     free(s);
 }
 
-/* Gives the client -t seconds from now, within its limit: it has made progress. */
+/* Gives a client that has made progress -t seconds more, within its limit. */
 static void extend_deadline(struct session *s)
 {
     s->deadline = clock_ms() + settings.idle * 1000;
@@ -324,8 +326,7 @@ static void extend_deadline(struct session *s)
         s->deadline = s->limit;
 }
 
-/* Forgets the errors of a client and sets its limit anew: it is new, or has completed
- * a transaction. */
+/* Sets the limits of a client that is new or has completed a transaction. */
 static void renew(struct session *s)
 {
     s->errors = 0;
@@ -335,14 +336,14 @@ static void renew(struct session *s)
 
 /* ==== Replies ============================================================ */
 
-/* Logs one or several lines, as RFC 5321's examples write them. */
-static void log_dialogue(const struct session *s, const char *who, const char *text)
+/* Logs one or several lines as RFC 5321's examples write them; `side` is C or S. */
+static void log_dialogue(const struct session *s, const char *side, const char *text)
 {
     char address[ADDRESS_TEXT];
 
     address_text(&s->peer, address);
     for (; *text != '\0'; text += strcspn(text, "\r\n"), text += strspn(text, "\r\n"))
-        logmsg("%s:%u %s: %.*s", address, s->port, who, (int)strcspn(text, "\r\n"), text);
+        logmsg("%s:%u %s: %.*s", address, s->port, side, (int)strcspn(text, "\r\n"), text);
 }
 
 /* Logs a refusal, with what is known of the message. */
@@ -355,7 +356,7 @@ static void log_refusal(const struct session *s, const char *text)
         snprintf(from, sizeof from, " from=<%s>", tx->from);
     if (tx != NULL && tx->to[0] != '\0')
         snprintf(to, sizeof to, " to=<%s>", tx->to);
-    if (tx != NULL && s->phase >= DATA)     /* of all of them: `to` is but the last */
+    if (tx != NULL && s->phase >= DATA)     /* the reply is for all recipients, and `to` only the last */
         snprintf(count, sizeof count, " recipients=%u", tx->recipients);
     logmsg("%s:%u refused: %s%s%s%s", address_text(&s->peer, address), s->port, text, from, to, count);
 }
@@ -398,9 +399,9 @@ static void reply(struct session *s, const char *format, ...)
         s->phase = GONE;
 }
 
-/* Closes the session once the client has had a moment to take the last reply.  To
- * close at once, with commands of the client still unread, would make TCP throw the
- * reply away. */
+/* Closes the session once the client has had a moment to take the last reply.  If the
+ * socket were closed at once, with commands of the client still unread, TCP would throw
+ * the reply away. */
 static void start_closing(struct session *s)
 {
     reset(s);
@@ -429,11 +430,14 @@ struct child {
 
 static struct child *children;
 static size_t child_count;
-static int due_pipe[2];     /* to the queue manager: messages that were stored and have no slot */
+/* The due pipe leads to the queue manager; children write the ids of messages that they
+ * have stored and do not forward.  The server keeps both ends open, so that the ids in
+ * it outlive a queue manager that dies. */
+static int due_pipe[2];
 static int spool_lock;      /* descriptor of the spool's lock file, whose lock this process holds */
 static int listeners[LISTENERS];
 static size_t listener_count;
-static int64_t rest_until;  /* by clock_ms(): the machine ran out of something; nothing is accepted before */
+static int64_t rest_until;  /* by clock_ms(): no client is accepted before, see rest() */
 static int64_t manager_from;    /* by clock_ms(): no queue manager is started before */
 
 /* Frees all sessions without a word to their clients: another process owns them now. */
@@ -450,8 +454,8 @@ static void close_listeners(void)
 }
 
 /* Closes what belongs to the listening server alone.  A child that kept a listening
- * socket would keep its port taken after the server's end; one that kept the due
- * pipe's read end would hide the queue manager's death from its writers. */
+ * socket would keep its port taken after the server's end.  A child that kept the due
+ * pipe's read end would go on filling a pipe that nobody reads after the server's end. */
 static void leave_server(void)
 {
     close_listeners();
@@ -475,9 +479,9 @@ static void close_clients(const struct session *own)
     }
 }
 
-/* Gives signals their default meaning again, in a child that lives longer than it
- * takes to store a message.  SIGHUP and SIGCHLD stay blocked: they are meant for the
- * queue manager, which opens itself to them where it waits. */
+/* Gives signals their default meaning again, in a child that lives longer than it takes
+ * to store a message, and unblocks them: SIGTERM ends it from here on.  SIGHUP and SIGCHLD
+ * stay blocked; only the queue manager uses them, and unblocks them where it waits. */
 static void default_signals(void)
 {
     static const int caught[] = { SIGTERM, SIGINT, SIGHUP, SIGCHLD, SIGALRM };
@@ -491,15 +495,16 @@ static void default_signals(void)
     sigprocmask(SIG_SETMASK, &blocked, NULL);
 }
 
-/* The machine ran out of `what`: accepts nothing for a second, so that what exists can end. */
+/* The machine has run out of `what`.  For a second the server accepts no clients, so that
+ * sessions and children can end. */
 static void rest(const char *what)
 {
     logmsg("no %s can be made (%s): resting for a second", what, strerror(errno));
     rest_until = clock_ms() + REST;
 }
 
-/* fork(), and remembers the child.  Returns its pid, 0 in the child, -1 when there is
- * no process to be had. */
+/* Forks, and remembers the child.  Returns its pid; 0 in the child; -1 if no process can
+ * be made. */
 static pid_t spawn(struct child child)
 {
     struct child *more = realloc(children, (child_count + 1) * sizeof *children);
@@ -516,7 +521,7 @@ static pid_t spawn(struct child child)
     return child.pid;
 }
 
-/* The pid of a child of this role, -1 if there is none. */
+/* Returns the pid of a child of this role, or -1 if there is none. */
 static pid_t find_child(enum role role)
 {
     for (size_t i = 0; i < child_count; i++)
@@ -525,7 +530,7 @@ static pid_t find_child(enum role role)
     return -1;
 }
 
-/* How many of the slots for fresh mail are taken: all, or those of one lane. */
+/* Counts the slots for fresh mail that are taken: all, or with `lane` only that lane's. */
 static long count_slots(const uint32_t *lane)
 {
     long count = 0;
@@ -546,10 +551,10 @@ static size_t count_sessions(enum phase phase)
     return count;
 }
 
-/* May fresh mail of this lane be forwarded by the child that stores it?  Half of -j is
- * for such mail, and at most a tenth of -j for one lane.  While other messages are
- * being stored the answer is no: then a batch, with one connection for many messages,
- * is cheaper. */
+/* Whether the child that stores a message of this lane may also forward it.  Half of -j
+ * is for such mail, and at most a tenth of -j for one lane.  While other messages are
+ * being stored the answer is no: then a batch, with one connection for many messages, is
+ * cheaper. */
 static bool slot_free(uint32_t lane)
 {
     long share = settings.forwarders >= 10 ? settings.forwarders / 10 : 1;
@@ -558,9 +563,9 @@ static bool slot_free(uint32_t lane)
         && count_slots(NULL) < fresh_slots() && count_slots(&lane) < share;
 }
 
-/* Takes note of all children that have ended: one SIGCHLD may stand for many.  A pid
- * that is not in the list belongs to a process whose parent died while this server is
- * process 1 of a container. */
+/* Removes all children that have ended from the list: one SIGCHLD may stand for many.  A
+ * pid that is not in the list is no child of ours, but was adopted by this server because
+ * it is process 1 of a container. */
 static void reap_children(void)
 {
     int status;
@@ -576,7 +581,7 @@ static void reap_children(void)
         if (WIFSIGNALED(status) && !got_term)
             logmsg("process %ld died of signal %d", (long)pid, WTERMSIG(status));
         if (children[i].role == QUEUE_MANAGER)
-            manager_from = clock_ms() + REST;   /* one that cannot live must not make us fork in a loop */
+            manager_from = clock_ms() + REST;   /* if it dies at once, do not fork in a busy loop */
         children[i] = children[--child_count];
     }
 }
@@ -589,13 +594,13 @@ static void start_queue_manager(void)
     if (spawn((struct child){ .role = QUEUE_MANAGER }) == 0) {
         close_clients(NULL);
         close_listeners();
-        close(due_pipe[1]);     /* so that the pipe ends with the server */
+        close(due_pipe[1]);     /* or it would never read the pipe's end after the server's */
         default_signals();
         manage_queue(due_pipe[0], server);
     }
 }
 
-/* Sees to it that there is a queue manager, and that it hears of SIGHUP. */
+/* Starts the queue manager if there is none, and passes SIGHUP on to it. */
 static void keep_queue_manager(void)
 {
     if (find_child(QUEUE_MANAGER) < 0 && clock_ms() >= manager_from)
@@ -609,8 +614,8 @@ static void keep_queue_manager(void)
 /* ==== Addresses ========================================================== */
 
 /*
- * The grammar of RFC 5321 4.1.2.  Each skip function is given the place where its
- * part of the grammar should begin, and returns the place behind that part, or
+ * The grammar of RFC 5321 4.1.2.  Each skip function takes a pointer to where its
+ * part of the grammar should begin, and returns a pointer behind that part, or
  * NULL if the text there does not fit.  Characters are classified as ASCII,
  * whatever the locale.
  */
@@ -713,9 +718,9 @@ static const char *skip_route(const char *p)
 }
 
 /* Reads a path from its < to its >, copies its mailbox without the source route,
- * and returns the place behind the path.  Returns NULL if there is none, and then
- * sets `fault` to the reply if that is not just a syntax error.  No limit applies
- * to the local part itself (RFC 5321 4.5.3.1: none where none is needed). */
+ * and returns a pointer behind the path.  Returns NULL if there is no path; if that
+ * is not for its syntax, sets `fault` to the reply.  The local part has no limit of
+ * its own (RFC 5321 4.5.3.1: none where none is needed). */
 static const char *take_path(const char *p, char mailbox[PATH_LIMIT], const char **fault)
 {
     const char *start = p, *begin;
@@ -756,8 +761,8 @@ static bool in_networks(const union address *a, const struct networks *networks)
     return false;
 }
 
-/* How many clients come from this address.  A session that still waits for its proxy's
- * header counts for none. */
+/* Counts the clients from this address.  A session that still waits for its proxy's
+ * header is not counted: its client's address is not known yet. */
 static size_t count_connections(const union address *peer)
 {
     const struct network wanted = { *peer, peer->sa.sa_family == AF_INET6 ? 128 : 32 };
@@ -779,8 +784,8 @@ static size_t count_strangers(void)
     return count;
 }
 
-/* Whether the table has no room for another client.  Strangers take no client's
- * place: their descriptors are in RESERVE. */
+/* Whether the table has no room for another client.  Strangers do not count: their
+ * descriptors are in RESERVE. */
 static bool is_full(void)
 {
     return session_count - count_strangers() >= session_limit;
@@ -788,12 +793,12 @@ static bool is_full(void)
 
 enum entry {
     ADMITTED,       /* the client may relay */
-    STRANGER,       /* it may not; it is kept until it says QUIT, or for STRANGER_TIME (RFC 5321 3.1) */
+    STRANGER,       /* it may not, and has a session until it says QUIT or for STRANGER_TIME (RFC 5321 3.1) */
     TURNED_AWAY     /* it is refused and disconnected at once (RFC 5321 7.8) */
 };
 
-/* Decides about a client at `peer`.  Unless it is admitted, the reply to it is left
- * in `refusal`. */
+/* Decides whether a client at `peer` is admitted.  If not, writes the reply to it into
+ * `refusal`. */
 static enum entry admit(const union address *peer, char refusal[REFUSAL_SIZE])
 {
     char text[ADDRESS_TEXT];
@@ -812,7 +817,7 @@ static enum entry admit(const union address *peer, char refusal[REFUSAL_SIZE])
     return ADMITTED;
 }
 
-/* Sends the first reply of a session, now that its client's address is known. */
+/* Begins the dialogue, with the first reply, once the client's address is known. */
 static void begin(struct session *s, const union address *peer, enum entry entry, const char *refusal)
 {
     s->peer = *peer;
@@ -833,8 +838,8 @@ static void begin(struct session *s, const union address *peer, enum entry entry
 }
 
 /* Reads a header of version 2 of HAProxy's PROXY protocol.  Sets `peer` from it, or
- * `local` if the proxy connects for itself, as for a health check.  Returns the
- * header's size, 0 if some of it has not come yet, or -1 if this is no such header. */
+ * `local` if the connection is the proxy's own, as for a health check.  Returns the
+ * header's size, 0 if not all of it has come yet, or -1 if this is no such header. */
 static ssize_t read_proxy_header(const unsigned char *head, size_t size, union address *peer, bool *local)
 {
     static const char signature[] = "\r\n\r\n\0\r\nQUIT\n";
@@ -863,8 +868,9 @@ static ssize_t read_proxy_header(const unsigned char *head, size_t size, union a
     return HEAD + (ssize_t)length;
 }
 
-/* Consumes the header that a proxy sends before its client's first command.  A proxy
- * that checks this server's health is admitted, but may send no mail if it may not relay. */
+/* Consumes the header that a proxy sends before its client's first command, and begins
+ * the dialogue.  For a health check a proxy gets a session even if it may not relay; it
+ * may send no mail then. */
 static size_t take_proxy_header(struct session *s, const char *bytes, size_t size)
 {
     union address peer = s->peer;
@@ -883,7 +889,7 @@ static size_t take_proxy_header(struct session *s, const char *bytes, size_t siz
     return n < 0 ? size : (size_t)n;
 }
 
-/* Whether -d lets mail to this domain in. */
+/* Whether mail to this domain is taken (-d). */
 static bool is_relayed(const char *domain)
 {
     for (size_t i = 0; i < settings.domain_count; i++)
@@ -918,8 +924,8 @@ static bool is_name(const char *word)
     return *word == '\0';
 }
 
-/* Takes the name from HELO or EHLO, both of which reset the session (RFC 5321
- * 4.1.4).  Returns false if it cannot, after replying so. */
+/* Takes the name from HELO or EHLO, both of which end a transaction (RFC 5321 4.1.4).
+ * If it cannot, replies why and returns false. */
 static bool greet(struct session *s, const char *verb, const char *name)
 {
     char *copy;
@@ -957,8 +963,8 @@ static void do_ehlo(struct session *s, const char *argument)
             "250-ENHANCEDSTATUSCODES\r\n250 HELP", settings.hostname, s->port, settings.max_size);
 }
 
-/* Appends a line to the draft.  If that fails, it says so to the client, ends the
- * transaction and returns false. */
+/* Appends a line to the draft.  If that fails, tells the client, ends the transaction and
+ * returns false. */
 static bool note(struct session *s, const char *format, ...)
 {
     char line[1024];
@@ -980,9 +986,9 @@ static bool note(struct session *s, const char *format, ...)
 #define BAD_RCPT "501 5.5.4 Syntax: RCPT TO:<address>"
 #define BAD_VRFY "501 5.5.4 Syntax: VRFY address"
 
-/* Returns what stands behind the "FROM:" or "TO:" of an argument, or NULL if the
- * argument does not begin so.  Blanks behind the colon are skipped: RFC 5321 3.3
- * forbids clients to send them, and printers and cameras do. */
+/* Returns a pointer behind the "FROM:" or "TO:" of an argument, or NULL if it begins
+ * otherwise.  Blanks behind the colon are skipped: RFC 5321 3.3 forbids clients to send
+ * them, but printers and cameras do. */
 static const char *skip_keyword(const char *argument, const char *keyword)
 {
     size_t length = strlen(keyword);
@@ -1028,7 +1034,8 @@ static const char *read_mail_parameters(const char *p, bool *eight_bit)
     return NULL;
 }
 
-/* Begins a transaction, which has no draft yet.  Returns the reply if it cannot, or NULL. */
+/* Begins a transaction, which has no draft yet.  Returns NULL, or the reply if there is
+ * no memory. */
 static const char *open_transaction(struct session *s, const char *from)
 {
     s->tx = calloc(1, sizeof *s->tx);
@@ -1173,8 +1180,8 @@ static void do_http(struct session *s, const char *argument)
 
 static const struct command {
     const char *verb;
-    void (*handle)(struct session *, const char *argument);     /* NULL: `says` is the whole reply */
-    const char *says;       /* the reply to an argument, of a command that takes none */
+    void (*handle)(struct session *, const char *argument);     /* NULL: `says` is all that the command does */
+    const char *says;       /* with `handle`: the reply if there is an argument; NULL: it takes one */
     const char *out_of_order[ADDRESSED + 1];    /* the reply in CONNECTED, READY, MAILED, ADDRESSED; NULL: allowed */
 } commands[] = {
     { "HELO", do_helo, NULL, { NULL } },
@@ -1229,7 +1236,7 @@ static size_t take_command(struct session *s, const char *bytes, size_t size)
     const char *lf = memchr(bytes, '\n', size);
     struct line line;
 
-    if (!s->spoken && lf != NULL) {     /* nc sends a bare LF, and its first line shows it */
+    if (!s->spoken && lf != NULL) {     /* people at nc send bare LFs, from the first line on */
         s->spoken = true;
         s->lf = lf == bytes || lf[-1] != '\r';
     }
@@ -1261,8 +1268,8 @@ static size_t take_command(struct session *s, const char *bytes, size_t size)
 
 /* ==== The message ======================================================== */
 
-/* Marks the message as refused and removes its draft.  The client hears of it at the
- * message's real end: up to there nothing is taken for a command. */
+/* Marks the message as refused and removes its draft.  The reply is sent at the message's
+ * real end, since nothing before that may be taken for a command. */
 static void refuse(struct transaction *tx, const char *why)
 {
     if (tx->refusal == NULL) {
@@ -1271,7 +1278,7 @@ static void refuse(struct transaction *tx, const char *why)
     }
 }
 
-/* Appends to the draft of a message that is not refused, and refuses it if that fails. */
+/* Appends to the draft, unless the message is refused; refuses it if this fails. */
 static void append(struct transaction *tx, const char *bytes, size_t size)
 {
     if (tx->refusal != NULL || size == 0)
@@ -1281,7 +1288,7 @@ static void append(struct transaction *tx, const char *bytes, size_t size)
         refuse(tx, draft_refusal(tx->draft.error));
 }
 
-/* Looks at a line of the message, or a piece of a long one. */
+/* Counts and checks a line of the message, or a piece of a long line. */
 static void inspect(struct transaction *tx, const char *text, const struct line *line)
 {
     bool first = !tx->in_line;
@@ -1300,8 +1307,8 @@ static void inspect(struct transaction *tx, const char *text, const struct line 
     tx->in_line = line->used == 0;
 }
 
-/* Logs that a message was accepted.  The child that has stored it does so before it
- * forwards it or hands it over, so that this line stands before those of the outcomes. */
+/* Logs that a message was accepted.  The child that has stored the message does so before
+ * it forwards it or hands it over, so that this line comes before those of the outcomes. */
 static void log_accepted(const struct session *s)
 {
     const struct transaction *tx = s->tx;
@@ -1311,10 +1318,10 @@ static void log_accepted(const struct session *s)
         address_text(&s->peer, address), s->port, s->helo, tx->from, tx->size, tx->recipients);
 }
 
-/* The life of a transaction's child: it makes the message durable and writes the
- * client's reply to `reply_fd`.  In a slot it goes on and forwards; else it leaves
- * the message to the queue manager.  Signals stay blocked until the reply is given:
- * a client that waits for it must not be left in doubt. */
+/* Runs a transaction's child, and never returns: makes the message durable and writes the
+ * client's reply to `reply_fd`.  With a slot it then forwards the message; without one it
+ * hands the message over to the queue manager.  Signals stay blocked until the reply is
+ * written, so that SIGTERM does not leave the client in doubt. */
 static void run_transaction(struct session *s, int reply_fd, bool slot)
 {
     struct draft *d = &s->tx->draft;
@@ -1337,7 +1344,7 @@ static void run_transaction(struct session *s, int reply_fd, bool slot)
 }
 
 /* Forks the child for a complete message.  Returns the read end of its reply pipe, or
- * -1 when the machine has no pipe or no process left. */
+ * -1 if no pipe or no process can be made. */
 static int start_transaction(struct session *s)
 {
     struct child child = { .role = TRANSACTION, .slot = slot_free(s->tx->lane), .lane = s->tx->lane };
@@ -1359,7 +1366,8 @@ static int start_transaction(struct session *s)
     return ends[0];
 }
 
-/* The final dot.  The loop gives the message to a child before it waits again. */
+/* Ends the message at its final dot.  start_transactions() gives it to a child, at once
+ * unless too many are being stored. */
 static void end_message(struct session *s)
 {
     struct transaction *tx = s->tx;
@@ -1373,10 +1381,11 @@ static void end_message(struct session *s)
     s->phase = COMPLETE;
 }
 
-/* Consumes what can be consumed of the message.  The draft keeps it as it has
- * to go out: CRLF at every line's end, and a dot before every line that begins
- * with one (RFC 5321 4.5.2).  That is how it comes in, as a rule, and then the
- * octets go from the socket to the file as they are, many lines at a time. */
+/* Consumes as much of the message as can be judged, and returns how much.  The draft
+ * keeps the message as it is to be sent: CRLF at every line's end, and a dot before
+ * every line that begins with one (RFC 5321 4.5.2).  Clients normally send exactly
+ * that, and then the octets go from the socket to the file as they are, many lines at
+ * a time. */
 static size_t take_message(struct session *s, const char *bytes, size_t size)
 {
     struct transaction *tx = s->tx;
@@ -1389,7 +1398,7 @@ static size_t take_message(struct session *s, const char *bytes, size_t size)
         bool first = !tx->in_line;
 
         if (line.used == 0 && line.length < (first ? LINE_HEAD : 1))
-            break;                      /* too little to tell what it will be */
+            break;                      /* too little to tell what the line will be */
         if (first && line.used > 0 && line.length == 1 && text[0] == '.') {
             append(tx, bytes + kept, used - kept);
             end_message(s);
@@ -1397,7 +1406,7 @@ static size_t take_message(struct session *s, const char *bytes, size_t size)
         }
         inspect(tx, text, &line);
         if (first && text[0] == '.' && line.length > 1 && text[1] != '.') {
-            append(tx, bytes + kept, used - kept);    /* a dot that hides nothing is not sent on */
+            append(tx, bytes + kept, used - kept);    /* a leading dot that was added for nothing is left out */
             kept = used + 1;
         }
         if (s->lf && line.used > 0) {
@@ -1409,7 +1418,7 @@ static size_t take_message(struct session *s, const char *bytes, size_t size)
     }
     append(tx, bytes + kept, used - kept);
     if (tx->refusal == NULL)
-        s->limit += (int64_t)used;      /* a second for every 1,000 octets */
+        s->limit += (int64_t)used;      /* a millisecond for each octet: even slow lines get through */
     return used;
 }
 
@@ -1438,8 +1447,8 @@ static void wake_at(struct events *e, int64_t when)
         e->until = when;
 }
 
-/* The descriptor that a session waits for, and until when.  A client that does not
- * take its replies is not read from. */
+/* Adds what a session waits for: a descriptor, and its deadline.  A client that does not
+ * take its replies is not read from; nor is one whose message is being stored. */
 static void fill_session(struct events *e, const struct session *s)
 {
     if (s->phase == STORING) {
@@ -1450,6 +1459,7 @@ static void fill_session(struct events *e, const struct session *s)
     }
 }
 
+/* Sets the events that the loop waits for next. */
 static void fill(struct events *e)
 {
     FD_ZERO(&e->readable);
@@ -1467,9 +1477,9 @@ static void fill(struct events *e)
             watch_fd(listeners[i], &e->readable, &e->top);
 }
 
-/* Waits for the first event.  Signals are delivered only here: a signal that came
- * between a test of its flag and a plain select() would be noticed too late (a lost
- * wake-up), so pselect() opens the mask and waits in one step. */
+/* Waits for the first event.  Signals are blocked except in here.  A signal that came
+ * between the test of its flag and a plain select() would be noticed only at the next
+ * event (a lost wake-up); pselect() unblocks signals and waits in one step. */
 static void wait_for_events(struct events *e, const sigset_t *open)
 {
     static int64_t next_look;
@@ -1483,7 +1493,7 @@ static void wait_for_events(struct events *e, const sigset_t *open)
     if (pselect(e->top + 1, &e->readable, &e->writable, NULL, e->until == INT64_MAX ? NULL : &timeout, open) < 0) {
         FD_ZERO(&e->readable);          /* a signal: the sets mean nothing now */
         FD_ZERO(&e->writable);
-    } else if (now >= next_look) {      /* on Linux pselect() delivers no signal while a descriptor is ready */
+    } else if (now >= next_look) {      /* Linux's pselect() delivers no signal if a descriptor is ready at once */
         sigset_t blocked;
 
         next_look = now + SIGNAL_WAIT;
@@ -1492,8 +1502,8 @@ static void wait_for_events(struct events *e, const sigset_t *open)
     }
 }
 
-/* Consumes what can be consumed of the input, which depends on the phase.  Returns how
- * many octets: 0 if the rest of a line, a message or a header has to come first. */
+/* Consumes a command, a piece of the message or a proxy's header, as the phase asks.
+ * Returns how many octets that was: 0 if more has to come first. */
 static size_t consume(struct session *s, const char *bytes, size_t size)
 {
     if (s->phase == DATA)
@@ -1503,7 +1513,8 @@ static size_t consume(struct session *s, const char *bytes, size_t size)
     return take_command(s, bytes, size);
 }
 
-/* Answers all whole lines there are, as far as the client takes the answers. */
+/* Takes whole lines from the front of the input and answers them, as long as there are
+ * any and the client takes the replies.  Keeps the rest of the input in s->in. */
 static void converse(struct session *s, const char *bytes, size_t size)
 {
     size_t used = 0, n = 1;
@@ -1522,7 +1533,7 @@ static void converse(struct session *s, const char *bytes, size_t size)
         }
         if (s->out.size >= OUTPUT_LIMIT) {
             flush(s);
-            full = s->out.size > 0;     /* it goes on when the client has taken them */
+            full = s->out.size > 0;     /* serve_session() goes on when the client has taken them */
         }
     }
     if (!full)
@@ -1533,7 +1544,8 @@ static void converse(struct session *s, const char *bytes, size_t size)
         s->phase = GONE;
 }
 
-/* Reads once from a client, behind what is left from before. */
+/* Reads once from a client, and answers what it says.  Input that is left from before
+ * goes in front. */
 static void hear(struct session *s)
 {
     static char input[INPUT_SIZE];
@@ -1545,14 +1557,14 @@ static void hear(struct session *s)
     if (n < 0 && (errno == EAGAIN || errno == EINTR))
         return;
     if (n <= 0) {
-        s->phase = GONE;            /* the end, or a reset: all it asked for has been answered */
+        s->phase = GONE;            /* end of file or a reset; all whole commands have been answered */
     } else if (s->phase != CLOSING) {
         converse(s, input, s->in.size + (size_t)n);
     }
 }
 
-/* Tells the client what became of its message, and goes on with what it has sent
- * meanwhile. */
+/* Sends the client the reply to its message, and goes on with the commands that it has
+ * sent behind the final dot. */
 static void finish_message(struct session *s, const char *line)
 {
     reply(s, "%s", line);
@@ -1564,8 +1576,8 @@ static void finish_message(struct session *s, const char *line)
     converse(s, s->in.bytes, got_term ? 0 : s->in.size);
 }
 
-/* Takes the reply of the child that stores this client's message.  End of file
- * without a line means that the child has died: 451. */
+/* Takes the reply from the child that stores this client's message.  End of file without
+ * a line means that the child has died: 451. */
 static void take_result(struct session *s)
 {
     char line[REPLY_SIZE];
@@ -1579,8 +1591,9 @@ static void take_result(struct session *s)
     finish_message(s, line[0] != '\0' ? line : draft_refusal(EIO));
 }
 
-/* Gives complete messages to children, up to STORING_AT_ONCE at a time.  Each round
- * begins behind the session at which the last one ended, so that all have their turn. */
+/* Gives complete messages to children, STORING_AT_ONCE at most at a time.  Each call
+ * begins behind the session at which the last one ended, so that every session has its
+ * turn. */
 static void start_transactions(void)
 {
     static size_t turn;
@@ -1675,9 +1688,9 @@ static void welcome(int fd, union address peer)
     flush(s);
 }
 
-/* The table is full.  A child takes over all sessions and their reply pipes; this
- * process keeps its pid and the listening sockets, and begins with an empty table.
- * The children that store messages stay ours to reap. */
+/* Divides the server, because the table is full.  A child takes over all sessions with
+ * their reply pipes; this process keeps its pid and the listening sockets, and goes on
+ * with an empty table.  It also reaps the children that are storing messages. */
 static void divide(void)
 {
     pid_t pid = spawn((struct child){ .role = DIVIDED });
@@ -1693,8 +1706,8 @@ static void divide(void)
     }
 }
 
-/* Accepts the clients that wait.  A readable listening socket promises nothing: the
- * client may have gone, or there is no descriptor for it. */
+/* Accepts the clients that wait.  accept() may fail although the listening socket was
+ * readable: the client may be gone, or there is no descriptor for it. */
 static void accept_clients(int listener)
 {
     for (int i = 0; i < ACCEPTS; i++) {
@@ -1713,13 +1726,13 @@ static void accept_clients(int listener)
             logmsg("accept failed (%s): resting for a second", strerror(errno));
             rest_until = clock_ms() + REST;
         }
-        if (fd >= FD_SETSIZE) {     /* cannot be, with the table's limit; an fd_set would not forgive it */
+        if (fd >= FD_SETSIZE) {     /* the table's limit rules it out; in an fd_set it would corrupt memory */
             close(fd);
             fd = -1;
         }
         if (fd < 0)
             return;
-        if (size == 0) {            /* macOS: the client has gone again, and its address is unknown */
+        if (size == 0) {            /* macOS: the client is gone again, and its address unknown */
             close(fd);
             continue;
         }
@@ -1727,7 +1740,7 @@ static void accept_clients(int listener)
     }
 }
 
-/* Does all that the sets say can be done without waiting. */
+/* Serves the sessions and listening sockets that are ready or whose time is over. */
 static void serve(const struct events *e)
 {
     size_t known = session_count;   /* sessions that begin below are not in the sets */
@@ -1757,9 +1770,10 @@ static void reap_sessions(void)
     session_count = left;
 }
 
-/* After SIGTERM: accepts nobody, says goodbye to each client as soon as no message of
- * its is being stored (RFC 5321 3.8), and ends the children that would live on.
- * Forwarders finish their try. */
+/* After SIGTERM: closes the listening sockets, sends 421 to each client (RFC 5321 3.8)
+ * unless its message is being stored, and ends the queue manager and divided servers.
+ * Called before each wait, so a client whose message has been stored gets its 421, too.
+ * Children that forward a message finish their try. */
 static void stop(void)
 {
     close_listeners();
@@ -1776,7 +1790,7 @@ static void stop(void)
             kill(children[i].pid, SIGTERM);
 }
 
-/* Acts on the signals that have come; SIGHUP is keep_queue_manager()'s. */
+/* Acts on the signals that have come, except SIGHUP: see keep_queue_manager(). */
 static void heed_signals(void)
 {
     if (got_child) {
@@ -1787,8 +1801,8 @@ static void heed_signals(void)
         stop();
 }
 
-/* Signals set a flag, and come only while the loop waits.  Returns the mask for
- * that time. */
+/* Makes signals set a flag, and blocks them.  Returns the mask under which
+ * wait_for_events() lets them through. */
 static sigset_t catch_signals(void)
 {
     static const int caught[] = { SIGTERM, SIGINT, SIGHUP, SIGCHLD };
@@ -1806,11 +1820,12 @@ static sigset_t catch_signals(void)
     sigprocmask(SIG_BLOCK, &blocked, NULL);
     for (size_t i = 0; i < sizeof caught / sizeof caught[0]; i++)
         sigaction(caught[i], &action, NULL);
-    signal(SIGPIPE, SIG_IGN);       /* write() says that a client has hung up, ... */
-    signal(SIGXFSZ, SIG_IGN);       /* ... and that a file may not grow */
+    signal(SIGPIPE, SIG_IGN);       /* write() fails instead when a client has hung up ... */
+    signal(SIGXFSZ, SIG_IGN);       /* ... and when a file may not grow */
     return open;
 }
 
+/* The loop, which never returns.  `open` is the mask under which signals are delivered. */
 static void run(const sigset_t *open)
 {
     struct events events;
@@ -1839,7 +1854,7 @@ static void run(const sigset_t *open)
  * some systems; a zero is the same to both. */
 int setgroups(size_t count, const gid_t *groups);
 
-/* By subject, and no longer than a screen: 24 lines of 80 columns, with the prompt. */
+/* Arranged by subject; with the prompt it fits a screen of 24 lines of 80 columns. */
 static const char usage_text[] =
     "usage: smtp [options] address...    serve on these addresses\n"
     "       smtp -l [-q spool] [word]... list the queue, or what has such a word\n"
@@ -1867,7 +1882,7 @@ static const char usage_text[] =
 
 static const char version_text[] = "smtp " VERSION "\n";
 
-/* One line that says what is wrong on the command line. */
+/* Logs what is wrong on the command line, and exits with status 2. */
 static void misused(const char *format, ...)
 {
     va_list arguments;
@@ -1884,7 +1899,7 @@ static void usage(void)
     exit(2);
 }
 
-/* Prints what the command line asks for instead of a server. */
+/* Prints a text that the command line asks for, and exits. */
 static void inform(const char *text)
 {
     fputs(text, stdout);
@@ -1900,8 +1915,8 @@ static const struct units {
     size_units = { "KMG", { 1024, 1024 * 1024, 1024 * 1024 * 1024 }, ", or one with K, M or G behind it such as 50M" },
     time_units = { "smhd", { 1, 60, 3600, 86400 }, " seconds, or one with s, m, h or d behind it such as 5m" };
 
-/* Reads an option's value in decimal digits, with one of `units` behind them or
- * with none.  Exits if it is not between `least` and `most`. */
+/* Reads an option's value: decimal digits, and perhaps a letter of `units`.  Exits if the
+ * value is not between `least` and `most`. */
 static unsigned long long quantity(int option, const char *text, const struct units *units,
     unsigned long long least, unsigned long long most)
 {
@@ -1941,7 +1956,7 @@ static struct network network_parse(int option, const char *text)
     address_unmap(&n.base);
     most = n.base.sa.sa_family == AF_INET6 ? 128 : 32;
     n.bits = slash != NULL ? (unsigned)number(option, slash + 1, 0, most) : most;
-    for (unsigned i = n.bits; i < most; i++) {      /* 10.1.2.3/8: which network is meant? */
+    for (unsigned i = n.bits; i < most; i++) {      /* 10.1.2.3/8 may stand for 10.0.0.0/8 or be a slip */
         if (address_octets(&n.base, &length)[i / 8] >> (7 - i % 8) & 1)
             misused("-%c %s: the address has bits behind the first %u", option, text, n.bits);
     }
@@ -2066,7 +2081,7 @@ static void read_password(const char *path)
     wipe(text, sizeof text);
 }
 
-/* What -s, -S, -A and -T ask for together. */
+/* Settles the smarthost and TLS once -s, -S, -A and -T are all known. */
 static void settle_smarthost(const char *smarthost, const char *password_file)
 {
     if (password_file != NULL && smarthost == NULL)
@@ -2110,7 +2125,7 @@ static bool listen_at(union address *a)
     return true;
 }
 
-/* Do we listen there?  Some name it twice, on the command line or in /etc/hosts. */
+/* Whether we listen there already: the command line or /etc/hosts may name it twice. */
 static bool is_bound(const union address *a, const union address *bound)
 {
     struct network whole = { *a, a->sa.sa_family == AF_INET6 ? 128 : 32 };
@@ -2121,8 +2136,8 @@ static bool is_bound(const union address *a, const union address *bound)
     return false;
 }
 
-/* Listens on every address that the name stands for.  localhost often stands
- * for two, on machines that have but one of them. */
+/* Listens on every address that the name stands for, and dies if there is none.  On many
+ * machines localhost stands for two addresses, of which they have only one. */
 static void listen_on(const char *name, unsigned port)
 {
     static union address bound[LISTENERS];
@@ -2156,9 +2171,9 @@ static void listen_on(const char *name, unsigned port)
     settings.listening_count = listener_count;
 }
 
-/* Dies where this machine does not have an address given with -b, because no mail
- * would get out.  A server that starts before its network is up fails to listen, too:
- * it has to be started later, or again. */
+/* Dies if this machine does not have an address given with -b: no mail would get out.
+ * So a server with -b that starts before its network is up has to be started again, as
+ * one that listens on the network's address has. */
 static void check_sources(void)
 {
     for (size_t i = 0; i < settings.source_count; i++) {
@@ -2200,7 +2215,7 @@ static const struct passwd *find_user(const char *name)
     return user;
 }
 
-/* Becomes the user for good, and makes sure of it. */
+/* Becomes the user for good, and checks that root cannot be had back. */
 static void drop_root(const struct passwd *user)
 {
     if (setgroups(0, NULL) != 0 || setgid(user->pw_gid) != 0 || setuid(user->pw_uid) != 0)
@@ -2210,8 +2225,8 @@ static void drop_root(const struct passwd *user)
         die("cannot give up being root");
 }
 
-/* A table must never need a descriptor that an fd_set cannot hold: each client
- * may have two, its socket and its draft or its child's pipe. */
+/* Sizes the table so that no descriptor is too large for an fd_set.  Each client may need
+ * two: its socket, and its draft or its child's reply pipe. */
 static void size_table(void)
 {
     long limit = sysconf(_SC_OPEN_MAX);
@@ -2251,8 +2266,8 @@ static void default_names(void)
 /* What the command line asks for. */
 enum task { SERVE, LIST, PRINT_VERSION };
 
-/* A word that -l or -V takes for something else than its writer means may be an
- * address to listen on. */
+/* Refuses a word behind -V, and a word behind -l if there are options for a server: it
+ * may have been meant as an address to listen on. */
 static void check_words(enum task task, bool serves, int words, const char *first)
 {
     if (task == PRINT_VERSION && words > 0)
@@ -2265,7 +2280,7 @@ static enum task read_options(int argc, char **argv, unsigned *port, const char 
 {
     const char *smarthost = NULL, *password_file = NULL;
     enum task task = SERVE;
-    bool serves = false;        /* an option is for a server */
+    bool serves = false;        /* an option was given that only a server has */
     int option;
 
     if (argc == 2 && strcmp(argv[1], "--help") == 0)        /* of which POSIX's getopt() knows nothing */
@@ -2314,12 +2329,12 @@ static enum task read_options(int argc, char **argv, unsigned *port, const char 
         }
     }
     check_words(task, serves, argc - optind, argv[optind]);
-    settle_smarthost(smarthost, password_file);     /* now that all of them are known */
+    settle_smarthost(smarthost, password_file);
     return task;
 }
 
 /* Makes sure that descriptors 0 to 2 exist, or a client's socket might become our
- * stderr, and closes all others: the program that started us may wait for the end of
+ * stderr.  Closes all others: the program that started us may be waiting for the end of
  * a pipe that we would hold open. */
 static void settle_descriptors(void)
 {
@@ -2327,7 +2342,7 @@ static void settle_descriptors(void)
 
     do {
         fd = open("/dev/null", O_RDWR);
-        if (fd < 0)     /* an empty chroot: there, what cannot be written to does as well */
+        if (fd < 0)     /* in an empty chroot, any descriptor does that cannot be written to */
             fd = open("/", O_RDONLY);
     } while (fd >= 0 && fd <= STDERR_FILENO);
     for (fd = STDERR_FILENO + 1; fd < INHERITED; fd++)
@@ -2354,7 +2369,7 @@ static void log_listening(void)
     }
 }
 
-/* Asked for, so done, and yet nearly always a mistake. */
+/* Warns if -a or -X names all addresses, which is nearly always a mistake. */
 static void warn_if_open(void)
 {
     char text[ADDRESS_TEXT];
@@ -2393,7 +2408,7 @@ int main(int argc, char **argv)
     if (optind == argc)
         misused("name an address to listen on, such as localhost (smtp -h explains the options)");
     default_names();
-    check_resolv_conf();      /* while still root, in case only root may read resolv.conf */
+    check_resolv_conf();      /* while this is still root, in case only root may read it */
     for (; optind < argc; optind++)
         listen_on(argv[optind], port);
     check_sources();

@@ -37,7 +37,7 @@ enum {
     DOMAIN_LIMIT = 255,     /* octets of a domain: 4.5.3.1.2 */
     LABEL_LIMIT = 63,       /* octets of one of its labels: RFC 1035 2.3.4 */
     RECIPIENT_LIMIT = 1000, /* RCPTs in a transaction: 4.5.3.1.8 asks for 100 */
-    IDLES = 12,             /* times -t that a client has to complete a transaction */
+    IDLES = 12,             /* a client has this many times -t to complete a transaction */
     ID_SIZE = 48,           /* a message's name in the spool, with its NUL */
     REPLY_SIZE = 512,       /* one reply, made a single line, with its NUL */
     DATE_SIZE = 64,         /* a date as text, with its NUL */
@@ -67,13 +67,17 @@ enum { NAMESERVERS = 3 };
 
 struct nameservers {
     union address server[NAMESERVERS];
-    size_t count;           /* how many there are: 1 or more where they are to be asked */
-    char passed_over[256];  /* what else resolv.conf names, and why it is not asked; "": nothing */
+    size_t count;           /* 1 or more whenever they are to be asked */
+    char passed_over[256];  /* the servers in resolv.conf that are not asked, and why; or "" */
 };
 
-/* Whether exchangers get mail by TLS: never; where it goes; only so; only so, and
- * with a certificate that proves the exchanger's name. */
-enum tls { TLS_NEVER, TLS_MAY, TLS_MUST, TLS_VERIFIED };
+/* Whether mail goes to exchangers by TLS. */
+enum tls {
+    TLS_NEVER,
+    TLS_MAY,        /* if the exchanger offers it and it works; else in plain */
+    TLS_MUST,       /* by TLS or not at all */
+    TLS_VERIFIED    /* the same, with a certificate that proves the exchanger's name */
+};
 
 enum { SECRET_SIZE = 256 };     /* a name or password for a smarthost, with its NUL */
 
@@ -83,12 +87,12 @@ struct settings {
     const char *postmaster;         /* -M: where <Postmaster> goes */
     struct networks allowed;        /* -a: clients that may relay */
     struct networks proxies;        /* -X: proxies that name the client they speak for */
-    const char **domains;           /* -d: `domain_count` domains that mail is taken for; 0: all */
+    const char **domains;           /* -d: the `domain_count` domains that mail is taken for; none: all */
     size_t domain_count;
     long per_address;               /* -c: connections from one client address at once, 0 for any number */
     const union address *listening; /* what we accept connections on */
     size_t listening_count;
-    struct nameservers nameservers; /* -n; none: those of resolv.conf */
+    struct nameservers nameservers; /* -n; if there are none, those of resolv.conf are asked */
     const char *smarthost;          /* -s: its name or address, or NULL */
     unsigned smarthost_port;
     enum tls tls;                   /* -T; -A and -S make it TLS_VERIFIED */
@@ -96,13 +100,13 @@ struct settings {
     char user[SECRET_SIZE];         /* -A: our name at the smarthost, or "" ... */
     char password[SECRET_SIZE];     /* ... and the password for it */
     unsigned mx_port;               /* -P: where exchangers listen */
-    union address sources[2];       /* -b: what connections to exchangers come from, one of a family at most, ... */
-    size_t source_count;            /* ... so many of them; with one, its family alone is used; 0: any address */
+    union address sources[2];       /* -b: the addresses that we connect to exchangers from, at most one of a family */
+    size_t source_count;            /* 0: any address; 1: only exchangers of its family are used */
     unsigned long long max_size;    /* -m: octets in a message, 0 for any */
     long idle;                      /* -t: seconds of silence from a client */
     long retry, expire;             /* -r, -e: seconds */
-    long wait;                      /* -w: longest step with an exchanger, seconds; 0: RFC 5321's */
-    long forwarders;                /* -j: how many children forward at once */
+    long wait;                      /* -w: longest step with an exchanger, in seconds; 0: RFC 5321's times */
+    long forwarders;                /* -j: how many processes forward at once */
     bool verbose;                   /* -v: log both dialogues */
 };
 
@@ -111,32 +115,32 @@ extern struct settings settings;
 /* ---- smtp.c: the log and the line reader ------------------------------- */
 
 /* Writes one line to stderr, in one write(), and never waits: a line that would have to
- * is dropped, and the next one that is written comes behind the number of those that
- * were.  A line is cut at 2,047 octets, or at what a pipe takes at once where that is
- * less.  Control and 8-bit characters become '?', so that no client can forge a line. */
+ * wait is dropped, and the next line that can be written is preceded by one that counts
+ * the dropped ones.  A line is cut at 2,047 octets, or at PIPE_BUF where that is less.
+ * Control and 8-bit characters become '?', so that no client can forge a line. */
 void logmsg(const char *format, ...);
 
-/* Logs like logmsg(), with errno's text behind it where errno is not 0, and exits with
- * status 1, which means this and nothing else.  Only for what cannot go on. */
+/* Logs like logmsg(), with errno's text at the end if errno is not 0, and exits with
+ * status 1.  Only for a process that cannot go on. */
 void die(const char *format, ...);
 
 struct line {
     size_t length;  /* octets of text, the line end left out */
-    size_t used;    /* octets to consume, line end included; 0: the end is not here yet */
+    size_t used;    /* octets to consume, line end included; 0: the line end has not come yet */
     bool bare;      /* the text holds a bare CR or LF */
 };
 
-/* The one rule for line ends (RFC 5321 2.3.8): a line ends at CRLF, and a CR or
- * LF by itself is a fault in the text, never an end.  In an `lf` session an LF
- * ends the line, with a CR before it or without.  Looks at `size` octets of
- * `bytes`.  Where the end has not come yet, the text is all of them but a last
- * CR, whose meaning is still open. */
+/* Finds the first line in the `size` octets at `bytes`, by the one rule for line ends
+ * (RFC 5321 2.3.8): a line ends at CRLF, and a CR or LF by itself is a fault in the
+ * text, never an end.  In an `lf` session an LF ends the line, with a CR before it or
+ * without.  If the line end has not come yet, all octets are its text, except a CR at
+ * the very end, which may be the first half of a CRLF. */
 struct line next_line(const char *bytes, size_t size, bool lf);
 
 /* ---- forward.c: dates --------------------------------------------------- */
 
-/* The date of `when` as a message has it (RFC 5322 3.3), in UTC and in English
- * wherever we are, into `text`, which is returned. */
+/* Writes `when` into `text` as a date for a message (RFC 5322 3.3), in UTC and in
+ * English, and returns `text`. */
 const char *mail_date(char text[DATE_SIZE], time_t when);
 
 /* ---- forward.c: secrets ------------------------------------------------- */
@@ -152,29 +156,32 @@ struct draft {
     char id[ID_SIZE];   /* its name here, in queue/, in the log and in the 250 */
 };
 
-/* Makes the spool ready for this process: makes it where it is missing, as root
- * for `owner`, and goes into it.  Dies with the reason. */
+/* Makes the spool if it is missing (root makes it for `owner`), and makes it this
+ * process's working directory.  Dies with the reason if that fails. */
 void spool_enter(uid_t owner, gid_t group);
 
-/* Checks that the spool is ours alone, makes tmp/ and queue/, takes the lock that keeps
- * a second server out, and writes this process's pid into the lock file.  Returns the
- * file's descriptor, which has to stay open.  Dies with the reason. */
+/* Checks that no other user may write to the spool, makes tmp/ and queue/, takes the
+ * lock that keeps a second server out, and writes this process's pid into the lock file.
+ * Returns the file's descriptor, which has to stay open.  Dies with the reason if any of
+ * this fails. */
 int spool_take(void);
 
-/* Empties the lock file: the server ends, and its pid may become another process's. */
+/* Empties the lock file when the server ends: its pid may become another process's. */
 void spool_release(int lock_fd);
 
-/* Opens an empty draft, named after the clock and the client's `port`.  False,
- * and d->error says why, when there is no room or no descriptor. */
+/* Opens an empty draft, named after the time and the client's `port`.  False: there is
+ * no room or no descriptor for it, and d->error is the errno. */
 bool draft_open(struct draft *d, unsigned port);
 
-/* Appends.  A failure is kept in d->error and silences all that follows. */
+/* Appends to the draft.  After a failure, which is kept in d->error, further calls do
+ * nothing. */
 void draft_add(struct draft *d, const char *bytes, size_t size);
 
-/* Closes the draft and removes it. */
+/* Closes the draft and removes its file. */
 void draft_drop(struct draft *d);
 
-/* Closes this process's descriptor of the draft; another process owns the file now. */
+/* Closes this process's descriptor of the draft and leaves the file, which belongs to
+ * another process now. */
 void draft_forget(struct draft *d);
 
 /* The reply for a draft that failed with `error`: 452 or 451, without line end. */
@@ -182,37 +189,39 @@ const char *draft_refusal(int error);
 
 /* ---- forward.c: name servers --------------------------------------------- */
 
-/* Reads resolv.conf, if it is to name the servers, and logs which nameserver lines
- * are passed over and why, unless this process, or its parent before the fork, has
- * logged the same. */
+/* Reads resolv.conf, unless -n names the servers, and logs which of its nameserver lines
+ * are passed over, and why; but not if this process, or its parent before the fork, has
+ * logged the same before. */
 void check_resolv_conf(void);
 
 /* ---- forward.c: what runs in a child ------------------------------------ */
 
-/* Seconds that a try may take: then every step of it is over, and the rest is
- * for later.  A forwarder that is there after twice as many is to be killed. */
+/* Seconds that a try may take.  Then each step ends at once, and recipients that are
+ * still owed the message wait for the next try.  An alarm kills a forwarder that runs
+ * for twice as long. */
 long try_limit(void);
 
-/* How many of the -j slots are for fresh mail, which the child that stores a message
- * forwards at once.  The others are for the queue manager's batches. */
+/* How many of the -j slots are for fresh mail, forwarded at once by the child that has
+ * stored it.  The others are for the queue manager's batches. */
 long fresh_slots(void);
 
-/* The lane of a domain: forwarders that go to the same place share a lane.  A hash of
- * the domain's name, or 0 for all domains where all mail goes to a smarthost. */
+/* Returns the lane of mail for this domain: a hash of the domain's name, or 0 for all
+ * domains if there is a smarthost.  Mail for one destination is one lane, and the number
+ * of forwarders in a lane is bounded. */
 uint32_t lane_of(const char *domain);
 
-/* Makes a draft a durable message of the queue (locked, synced, renamed, the directory
- * synced) and writes the client's reply to `reply_fd`: "250 ..." or "45x ...", with a
- * newline.  Returns whether it was stored. */
+/* Turns a draft into a durable message of the queue (it is locked, synced and renamed,
+ * and the directory is synced) and writes the client's reply to `reply_fd`: "250 ..." or
+ * "45x ...", with a newline.  Returns whether the message was stored. */
 bool draft_store(struct draft *d, int reply_fd);
 
 /* Tries once to forward a message that draft_store() has stored, and exits.  `company`:
- * other forwarders of the server use this lane just now.  If the exchanger has no room
- * for us, the message is handed over to the queue manager instead. */
+ * other children of the server are forwarding in this lane now.  If the exchanger has no
+ * room for another connection, the message is handed over to the queue manager. */
 void draft_forward(const struct draft *d, uint32_t lane, bool company, int due_fd);
 
-/* Leaves a message that draft_store() has stored to the queue manager, which reads the
- * due pipe behind `due_fd`; closes the draft. */
+/* Hands a message that draft_store() has stored over to the queue manager, by the due
+ * pipe, whose write end is `due_fd`; closes the draft, and so gives up its lock. */
 void draft_hand_over(const struct draft *d, uint32_t lane, int due_fd);
 
 /* One line on the due pipe: an id and its lane, in hexadecimal.  Shorter than
@@ -220,22 +229,22 @@ void draft_hand_over(const struct draft *d, uint32_t lane, int due_fd);
 #define DUE_FORMAT "%s %08lx\n"
 enum { DUE_SIZE = ID_SIZE + 10 };
 
-/* The queue manager, which never returns: forwards in batches what comes over `due_fd`
- * and what is due in queue/, for as long as process `server` lives, and clears tmp/ of
- * what a crash left.  SIGHUP makes everything due. */
+/* Runs the queue manager, and never returns: while process `server` lives, it forwards
+ * the messages whose ids come over `due_fd` and those that are due in queue/, in batches,
+ * and removes the drafts that a crash left in tmp/.  SIGHUP makes everything due. */
 void manage_queue(int due_fd, pid_t server);
 
-/* smtp -l: prints the queue, or of it what has one of these words, up to a NULL, in its
- * id, its sender or a recipient.  Returns the exit status. */
+/* smtp -l: prints the messages of the queue; if there are `words` (up to a NULL), only
+ * those with one of them in the id, the sender or a recipient.  Returns the exit status. */
 int list_queue(char **words);
 
 /* ---- dns.c: sockets and waiting ---------------------------------------- */
 
-/* Milliseconds by a clock that never jumps: for time-outs. */
+/* Milliseconds by a clock that nobody sets: for time-outs. */
 int64_t clock_ms(void);
 
-/* Seconds since 1970: for dates.  Not time(), which on Linux may be a tick, and so
- * a second, behind the clock that stamps files. */
+/* Seconds since 1970: for dates.  On Linux, time() may lag by a tick, and so show the
+ * second before the one that a file was just stamped with; this does not. */
 time_t wall_clock(void);
 
 /* Opens a socket of `type`, for the family of `to`, that never blocks and is small
@@ -245,8 +254,8 @@ int socket_open(const union address *to, int type);
 /* Adds `fd` to a set, and raises `top`, the highest descriptor of all sets, to it. */
 void watch_fd(int fd, fd_set *set, int *top);
 
-/* Calls select() until clock_ms() reaches `deadline`.  The sets then hold the
- * descriptors that are ready: none, if the time is over or a signal came. */
+/* Waits by select(), but not beyond `deadline` by clock_ms().  The sets then hold the
+ * descriptors that are ready: none if the time is over or a signal came. */
 void wait_sets(int top, fd_set *readable, fd_set *writable, int64_t deadline);
 
 /* Waits until `fd` can be read, or written where `writing`.  False: clock_ms() has
