@@ -918,7 +918,7 @@ def test_a_signal_to_the_group_between_the_final_dot_and_the_250(secure, number)
     secure.exchanger.set(replies={})
     secure.exchanger.wait_for_messages(2)
     assert [message.recipients for message in secure.exchanger.messages] == [["<b@example.net>"], ["<c@example.net>"]]
-    assert not secure.relay.queue()
+    wait_for(lambda: not secure.relay.queue(), what="an empty queue")
 
 
 MOMENTS = ["STARTTLS", "TLS", ("EHLO", "TLS"), "MAIL", "RCPT", "DATA", "BODY", "."]
