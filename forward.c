@@ -1,8 +1,8 @@
 /*
  * forward.c - everything after the final dot: the spool and the way out.
  *
- * A message is one text file: the dialogue that brought it, ready to be said
- * again, and below its final dot what became of it.
+ * A message is one text file: the dialogue in which it was received, ready to be
+ * repeated to an exchanger, and below its final dot what became of it.
  *
  *     EHLO me.com
  *     MAIL FROM:<nour@example.org> BODY=8BITMIME
@@ -17,12 +17,12 @@
  *     2026-11-23T11:08:19Z sent <b@example.net> mx1.example.net[192.0.2.1] 250 2.0.0 Ok
  *     2026-11-23T11:08:20Z later <a@example.net> mx1.example.net[192.0.2.1] 451 4.7.1 greylisted
  *
- * All lines end with CRLF.  The body stands as it goes over the wire, with its
- * dots doubled, so forwarding copies octets, and CRLF.CRLF stands nowhere but
- * at its end: that proves the file complete.  Nothing is ever rewritten.  A line
- * that a crash or a full disk has torn does not count; the next record ends it with
- * CR CR LF, and a bare CR stands in no line of ours.  The modification time is when
- * the next try is due.
+ * All lines end with CRLF.  The body is stored as it goes over the wire, with its
+ * leading dots doubled, so forwarding copies octets, and CRLF.CRLF, which is only at
+ * the body's end, proves the file complete.  Nothing is ever rewritten.  A line that
+ * a crash or a full disk has torn does not count: the next record ends it with
+ * CR CR LF, and a line with a bare CR in it is never read as a record.  The file's
+ * modification time is when the next try is due.
  *
  * The life of a message:
  *
@@ -39,16 +39,16 @@
  *               or dropped
  *
  * The forwarder's lock is an fcntl() lock on the whole file, taken before the
- * rename, so that no other process tries the message at the same time (where
- * children try its domains, each holds an octet of its own).  Such
- * locks are not inherited by fork(), vanish with the process, and also when it
- * closes *any* descriptor of the file: a message is never opened twice.
+ * rename, so that no other process tries the message at the same time.  (If a
+ * message has several domains, each is tried by a child, which locks one octet.)
+ * Such locks are not inherited by fork(), and vanish when the process ends or closes
+ * *any* descriptor of the file; so no process opens a message twice.
  *
  * Contents.  Each chapter calls only those above it.  To follow a message, begin with
- * draft_store() and draft_forward(), in "Forwarders", and go up from there; then read
- * manage_queue(), in "The queue manager".
+ * draft_store(), in "The spool"; then read draft_forward(), in "Forwarders", and go
+ * up from there; then manage_queue(), in "The queue manager".
  *
- *   Names and times    ids, dates, due times, and memory
+ *   Names and times    ids, dates, back-off, and memory
  *   The spool          drafts, and how they become durable
  *   Messages           reading a file of the queue back
  *   Outcomes           what is written below the dot
@@ -80,25 +80,25 @@
 
 enum {
     BLOCK = 65536,              /* octets of a message read or sent at once */
-    SPOOL_LINE = 8192,          /* the longest line the spool has above and below a body */
-    SAID_LIMIT = 4096,          /* octets that exchangers say of a recipient in one try, as far as they are recorded */
-    STALE = 3600,               /* seconds, beside IDLES times -t, after which a draft is abandoned */
-    RETRY_LIMIT = 3600,         /* seconds between tries at most */
-    TRY_LIMIT = 3 * 3600,       /* seconds a try may take ... */
-    TRY_STEPS = 20,             /* ... or this many times -w: to connect to ten exchangers and to be greeted */
-    NAP_LIMIT = 60,             /* seconds between two looks through the queue at most */
-    EXCHANGER_LIMIT = 10,       /* names tried for a domain ... */
-    ADDRESS_LIMIT = 20,         /* ... and addresses of theirs */
+    SPOOL_LINE = 8192,          /* octets of the longest line above or below a body */
+    SAID_LIMIT = 4096,          /* octets of exchangers' words on one recipient that one record holds */
+    STALE = 3600,               /* seconds, beyond IDLES times -t, without growth after which a draft is removed */
+    RETRY_LIMIT = 3600,         /* seconds between two tries at most */
+    TRY_LIMIT = 3 * 3600,       /* seconds that a try may take ... */
+    TRY_STEPS = 20,             /* ... or this many times -w: enough to connect to ten exchangers and be greeted */
+    NAP_LIMIT = 60,             /* seconds between two searches of the queue at most */
+    EXCHANGER_LIMIT = 10,       /* exchangers tried for a domain ... */
+    ADDRESS_LIMIT = 20,         /* ... and addresses of all these */
     LABEL_SIZE = DNS_NAME_SIZE + ADDRESS_TEXT + 6,  /* name[address]/tls, with its NUL */
     GROUP_LIMIT = 100,          /* recipients in one transaction: RFC 5321 4.5.3.1.8 */
-    DOMAINS_AT_ONCE = 10,
-    REPLY_LINES = 100,
-    KEPT = 200,                 /* ms that a connection waits for another message to its exchanger */
+    DOMAINS_AT_ONCE = 10,       /* children that try the domains of one message */
+    REPLY_LINES = 100,          /* lines in one reply of an exchanger */
+    KEPT = 200,                 /* ms that a connection is kept open for the next message */
     BATCH_LIMIT = 100,          /* messages that a batch takes at most */
     BATCH_TIME = 1000,          /* ms after which a batch begins no further message */
-    BATCH_GAP = 250,            /* ms between the beginnings of two batches of a lane that needs only one ... */
-    BATCH_WORTH = 25,           /* ... unless so many messages wait */
-    PATIENCE = 2,               /* batches in a row that may find no room before their mail has to back off */
+    BATCH_GAP = 250,            /* ms between the starts of two batches of a lane that needs one at a time ... */
+    BATCH_WORTH = 25,           /* ... unless this many messages wait */
+    PATIENCE = 2,               /* this many batches in a row may find no room before their mail backs off */
     PIPE_MAY_BE_FULL = 4096 - DUE_SIZE,     /* if a read takes this many octets, the due pipe may have been full */
     LISTED_LIMIT = 4096,        /* due messages that the queue manager knows at once */
     HEADER_LIMIT = 32768        /* octets of the original's header in a report */
@@ -106,7 +106,7 @@ enum {
 
 /* ==== Names and times ==================================================== */
 
-/* Dates as ids and as records have them, in UTC: formats of strftime(). */
+/* Formats for strftime() of the dates in ids and in records, in UTC. */
 #define ID_DATE "%Y%m%dT%H%M%S"
 #define ISO_DATE "%Y-%m-%dT%H:%M:%SZ"
 enum { ISO_DATE_LENGTH = 20 };
@@ -116,7 +116,7 @@ static const char *date_text(char text[DATE_SIZE], const char *format, time_t wh
     struct tm date;
 
     if (gmtime_r(&when, &date) == NULL || strftime(text, DATE_SIZE, format, &date) == 0)
-        text[0] = '\0';         /* a year that no calendar has */
+        text[0] = '\0';         /* the year does not fit into an int */
     return text;
 }
 
@@ -136,7 +136,8 @@ static time_t epoch_seconds(int year, int month, int day, int hour, int minute, 
     return (time_t)(((days * 24 + hour) * 60 + minute) * 60 + second);
 }
 
-/* Reads what begins with a date in such a format; 0 if it does not. */
+/* Returns the time of the date that `text` begins with, or 0 if `text` does not begin with
+ * a date in this format. */
 static time_t date_seconds(const char *text, const char *format)
 {
     static const char letters[] = "YmdHMS";
@@ -179,7 +180,7 @@ static void make_id(char id[ID_SIZE], unsigned port)
         (long)(last % 1000000), port, (unsigned long)getpid());
 }
 
-/* When a message with this id arrived; 0 if it is not one of our ids. */
+/* Returns when the message with this id arrived, or 0 if this is not one of our ids. */
 static time_t id_time(const char *id)
 {
     if (strlen(id) >= ID_SIZE || strspn(id, "0123456789abcdefT.-") != strlen(id))
@@ -201,7 +202,7 @@ static void *allocate(void *old, size_t size)
     return memory;
 }
 
-/* An array of zeros. */
+/* Allocates an array of zeros. */
 static void *allocate_array(size_t count, size_t size)
 {
     void *memory = calloc(count, size);
@@ -218,13 +219,13 @@ static char *copy_text(const char *text)
 
 void wipe(void *memory, size_t size)
 {
-    volatile unsigned char *octets = memory;    /* volatile: the compiler must not find this to be of no use */
+    volatile unsigned char *octets = memory;    /* volatile, or the compiler may leave these writes out */
 
     while (size-- > 0)
         *octets++ = 0;
 }
 
-/* A stream that writes to memory, which is the caller's once it is closed. */
+/* Opens a stream that writes to memory.  When it is closed, *text belongs to the caller. */
 static FILE *open_text(char **text, size_t *size)
 {
     FILE *stream = open_memstream(text, size);
@@ -234,8 +235,8 @@ static FILE *open_text(char **text, size_t *size)
     return stream;
 }
 
-/* fprintf(), which may find no memory either: half an envelope, record or report
- * would be worse than none. */
+/* Calls fprintf(), which may run out of memory here, and dies if it fails: half an
+ * envelope, record or report would be worse than none. */
 static void put(FILE *stream, const char *format, ...)
 {
     va_list arguments;
@@ -252,7 +253,7 @@ static void close_text(FILE *stream)
         die_of_memory();
 }
 
-/* How long until the next try of a message of this age: the waits double. */
+/* Returns the seconds until the next try of a message of this age: the waits double. */
 static int64_t back_off(int64_t age)
 {
     int64_t most = settings.retry > RETRY_LIMIT ? settings.retry : RETRY_LIMIT;
@@ -260,9 +261,9 @@ static int64_t back_off(int64_t age)
     return age + settings.retry < most ? age + settings.retry : most;
 }
 
-/* A message's age is what it has witnessed, not what the clock says: between
- * two entries no more counts than the back-off asked for and a fifth of the
- * time it has.  So a clock that jumps by years does not expire the queue. */
+/* Returns a message's age at its next record.  The age is the sum of the gaps between its
+ * records, and each gap counts for no more than the back-off and a fifth of -e, so that a
+ * clock that jumps by years does not expire the queue. */
 static int64_t grow(int64_t age, time_t from, time_t to)
 {
     int64_t gap = to > from ? (int64_t)to - from : 0, most = back_off(age) + settings.expire / 5;
@@ -284,7 +285,7 @@ static const char *spool_path(const char *directory, const char *id)
 static bool sync_directory(const char *name)
 {
     int fd = open(name, O_RDONLY);
-    bool ok = fd >= 0 && (fsync(fd) == 0 || errno == EINVAL);   /* EINVAL: a file system that has no such thing */
+    bool ok = fd >= 0 && (fsync(fd) == 0 || errno == EINVAL);   /* EINVAL: this file system cannot sync directories */
 
     if (fd >= 0)
         close(fd);
@@ -314,7 +315,7 @@ void spool_enter(uid_t owner, gid_t group)
 
     errno = 0;
     while (length > 1 && settings.spool[length - 1] == '/')
-        length--;               /* behind a slash even O_NOFOLLOW follows a link */
+        length--;               /* with a slash at the end, even O_NOFOLLOW follows a link */
     if ((size_t)snprintf(path, sizeof path, "%.*s", (int)length, settings.spool) >= sizeof path)
         die("the name of the spool is too long (-q names another)");
     settings.spool = path;
@@ -324,21 +325,21 @@ void spool_enter(uid_t owner, gid_t group)
     errno = 0;
     if (lstat(settings.spool, &st) == 0 && S_ISLNK(st.st_mode))
         die("the spool %s is a link: name what it leads to with -q", settings.spool);
-    /* Opened once, so that what root gives away below is what was looked at. */
+    /* All that follows uses this descriptor, so that root gives away what was checked here. */
     fd = open(settings.spool, O_RDONLY | O_DIRECTORY | O_NOFOLLOW);
     if (fd < 0 || fchdir(fd) != 0)
         die("cannot enter the spool %s (-q names another)", settings.spool);
     if (made && geteuid() == 0 && fchown(fd, owner, group) != 0)
         die("cannot give the spool %s to uid %ld (-q names another)", settings.spool, (long)owner);
     close(fd);
-    if (made && !sync_directory("..") && errno != EACCES)   /* EACCES: a parent we may pass, but not read */
+    if (made && !sync_directory("..") && errno != EACCES)   /* EACCES: we may not read the parent */
         die("cannot make the spool %s durable (-q names another)", settings.spool);
     if (getcwd(path, sizeof path) == NULL)
         die("cannot tell the spool's path");
     settings.spool = path;
 }
 
-/* Removes drafts that no process can be writing to any more. */
+/* Removes drafts, and sockets of openssl, that no process can be using any more. */
 static void clear_drafts(void)
 {
     DIR *tmp = opendir("tmp");
@@ -358,8 +359,8 @@ static void clear_drafts(void)
         closedir(tmp);
 }
 
-/* Dies if other users may write to the spool, or to a directory of it (`name`, behind
- * a slash): they could put mail there, or links in the place of mail. */
+/* Dies if other users may write to the spool or to one of its directories (`name` is ""
+ * or "/tmp"): they could put mail there, or replace mail by links. */
 static void check_directory(const char *name)
 {
     struct stat st;
@@ -374,8 +375,8 @@ static void check_directory(const char *name)
         die("others may write to the spool %s%s: chmod 700 it", settings.spool, name);
 }
 
-/* Writes this process's pid into the lock file, for operators and supervisors.  On a
- * full disk the server starts without: what is in the queue may still be forwarded. */
+/* Writes this process's pid into the lock file, for operators and supervisors.  If the
+ * disk is full the server starts all the same, to forward what is in the queue. */
 static void write_pid(int lock_fd)
 {
     char text[32];
@@ -414,7 +415,8 @@ void spool_release(int lock_fd)
         logmsg("cannot empty %s/lock (%s)", settings.spool, strerror(errno));
 }
 
-/* Opens a file of the spool; never follows a link, never waits for a FIFO. */
+/* Opens a regular file of the spool, or returns -1.  It does not follow a link, nor wait
+ * for a FIFO. */
 static int open_message(const char *directory, const char *id, int how)
 {
     int fd = open(spool_path(directory, id), how | O_NOFOLLOW | O_NONBLOCK);
@@ -484,7 +486,7 @@ const char *draft_refusal(int error)
     return "451 4.3.0 Error: message not stored, try again later";
 }
 
-/* Locks octets of a file from `start` on, `length` of them or all. */
+/* Locks or unlocks `length` octets of a file from `start` on; 0 means all of them. */
 static bool lock_octets(int fd, short type, off_t start, off_t length)
 {
     struct flock lock = { .l_whence = SEEK_SET };
@@ -503,9 +505,9 @@ static bool move_to_queue(const char *id)
     return rename(path, spool_path("queue", id)) == 0;
 }
 
-/* Makes a draft a message: locked, durable, in the queue.  When this returns
- * true the mail is ours to lose, and not before.  False: d->error says why, and
- * the draft is gone. */
+/* Turns a draft into a message of the queue, durable and locked.  From the moment that
+ * this returns true, and not before, we are responsible for the mail (RFC 5321 4.2.5).
+ * False: d->error says why, and the draft is gone. */
 static bool store(struct draft *d)
 {
     errno = d->error;
@@ -522,6 +524,20 @@ static bool store(struct draft *d)
     return false;
 }
 
+bool draft_store(struct draft *d, int reply_fd)
+{
+    char reply[REPLY_SIZE];
+    bool stored = store(d);
+    int n = snprintf(reply, sizeof reply, stored ? "250 2.0.0 Ok: queued as %s\n" : "%s\n",
+        stored ? d->id : draft_refusal(d->error));
+
+    /* This fails if the server has been killed.  Then the client hears nothing, and a
+     * message that was stored is forwarded all the same. */
+    if (write(reply_fd, reply, (size_t)n) < 0)
+        logmsg("%s: the client has gone before it was told: %.*s", d->id, n - 1, reply);
+    return stored;
+}
+
 /* ==== Messages =========================================================== */
 
 enum outcome { LATER, SENT, FAILED };
@@ -530,47 +546,47 @@ static const char *const outcome_names[] = { "later", "sent", "failed" };
 
 struct recipient {
     char *address;
-    enum outcome outcome;   /* LATER: the message is owed to it, and the next exchanger or try may change that */
-    char *said;             /* behind an outcome: the exchanger, a space, its words; or NULL.  If several
-                             * exchangers said `later` in one try, all of them, with "; " between */
-    size_t last;            /* where in `said` the last exchanger begins */
+    enum outcome outcome;   /* LATER: the message is owed to this recipient; another exchanger or try may change that */
+    char *said;             /* the exchanger's label, a space and its words; or NULL.  If several exchangers
+                             * said `later` in one try, all of them, with "; " between */
+    size_t last;            /* where in `said` the last exchanger's label begins */
     unsigned tries;         /* how many records say `later` */
-    bool unrecorded;        /* outcome and said are of this try, and not in the file yet */
+    bool unrecorded;        /* `outcome` and `said` are from this try and not in the file yet */
 };
 
 struct message {
     char id[ID_SIZE];
     int fd;
     char reverse_path[PATH_LIMIT];
-    bool declared;          /* as BODY=8BITMIME */
-    bool eight_bit;         /* octets beyond ASCII are in it: by survey() */
-    unsigned long long size;    /* octets, by survey() */
-    off_t body;             /* where the header begins */
-    off_t end;              /* where the lone dot stands */
+    bool declared;          /* the client said BODY=8BITMIME */
+    bool eight_bit;         /* the message has octets beyond ASCII; set by survey() */
+    unsigned long long size;    /* in octets, as SIZE counts them; set by survey() */
+    off_t body;             /* offset of the message's header, behind the envelope */
+    off_t end;              /* offset of the lone dot */
     bool tried;             /* there are records below the dot */
-    int64_t age;            /* seconds, as witnessed: see grow() */
-    time_t due;             /* when the next try is to be, if this one ends without a word */
+    int64_t age;            /* in seconds: see grow() */
+    time_t due;             /* when the next try is due, for set_due() */
     struct recipient *recipients;
     size_t count;
-    bool part;              /* this process tries only some recipients of it */
-    bool gone;              /* removed from the queue */
+    bool part;              /* this process tries only some of the recipients */
+    bool gone;              /* the file has been removed from the queue */
     int error;              /* errno of a read that failed, or 0 */
 };
 
-/* Reads a file line by line, from `at`, without touching its offset. */
+/* Reads a file line by line, from offset `at` on, by pread(). */
 struct reader {
     int fd;
     off_t at;
     size_t size, used, length;
-    bool inside;            /* inside a line that is too long */
+    bool inside;            /* inside a line that does not fit into `bytes` */
     int error;              /* errno of a read that failed, or 0 */
     char bytes[SPOOL_LINE];
 };
 
-/* Returns the next line, with its length in r->length and a NUL behind it; NULL at
- * the end, before a torn line, and after an error, which is then in r->error.  A line
- * that this program cannot have written, because it holds a bare CR or LF or is too
- * long, reads as an empty one, or as several. */
+/* Returns the next line, with its length in r->length and a NUL at its end.  Returns NULL
+ * at the end of the file, before a torn line, and after an error, which is then in
+ * r->error.  A line that this program cannot have written, because it holds a bare CR or
+ * LF or is too long, is returned as one or several empty lines. */
 static char *read_line(struct reader *r)
 {
     for (;;) {
@@ -599,15 +615,15 @@ static char *read_line(struct reader *r)
     }
 }
 
-/* Where the line that read_line() returns next begins. */
+/* Returns the offset of the line that read_line() returns next. */
 static off_t reader_offset(const struct reader *r)
 {
     return r->at - (off_t)(r->size - r->used);
 }
 
-/* Finds the lone dot, searching from the file's end: a body may be long, and the
- * records below it are short.  Returns its offset; -1 where the file is not complete,
- * or cannot be read, and then m->error says why. */
+/* Finds the lone dot, searching from the file's end, because a body may be long and the
+ * records below it are short.  Returns its offset; or -1 if the file is not complete, or
+ * if it cannot be read, and then m->error is the errno. */
 static off_t find_end(struct message *m, off_t size)
 {
     static const char mark[] = "\r\n.\r\n";
@@ -631,8 +647,8 @@ static off_t find_end(struct message *m, off_t size)
     return -1;
 }
 
-/* The > that ends a path, or NULL; one inside quotes is a character of the
- * local part. */
+/* Returns the > that ends a path, or NULL.  A > inside quotes is a character of the local
+ * part. */
 static char *path_end(char *p)
 {
     bool quoted = false;
@@ -654,7 +670,7 @@ static struct recipient *find_recipient(struct message *m, const char *address)
     return NULL;
 }
 
-/* An address that is named twice gets the message once. */
+/* Adds a recipient, unless the address is there already: it gets the message once. */
 static void add_recipient(struct message *m, const char *address)
 {
     static const struct recipient fresh;
@@ -666,7 +682,7 @@ static void add_recipient(struct message *m, const char *address)
     m->recipients[m->count++].address = copy_text(address);
 }
 
-/* Reads the lines above the message.  False: they are not as we write them. */
+/* Reads the lines above the message.  False: they are not as this program writes them. */
 static bool read_envelope(struct message *m)
 {
     struct reader r = { .fd = m->fd };
@@ -695,7 +711,7 @@ static bool read_envelope(struct message *m)
     return line != NULL && strcmp(line, "DATA") == 0 && m->count > 0;
 }
 
-/* Applies one line from below the dot; returns its time, 0 if it is not one. */
+/* Applies a record from below the dot, and returns its time; 0 if the line is no record. */
 static time_t apply_outcome(struct message *m, char *line)
 {
     time_t when = date_seconds(line, ISO_DATE " ");
@@ -720,7 +736,8 @@ static time_t apply_outcome(struct message *m, char *line)
     return when;
 }
 
-/* Reads the records below the dot: what has become of each recipient so far. */
+/* Reads the records below the dot, and sets each recipient's outcome so far, and the
+ * message's age. */
 static void read_outcomes(struct message *m)
 {
     struct reader r = { .fd = m->fd, .at = m->end + 3 };
@@ -751,9 +768,9 @@ static void message_free(struct message *m)
         close(m->fd);
 }
 
-/* Reads the message behind `fd`, which it takes over: message_free() closes it.
- * Returns false if the file is not one of ours, or if not all of it can be read: a
- * record that is missed would be a message sent twice. */
+/* Reads the message behind `fd`; ownership of `fd` passes to `m`, and message_free()
+ * closes it even if this fails.  Returns false if the file is no message of ours, or if
+ * any of it cannot be read: if a record were missed, the message would be sent twice. */
 static bool message_read(struct message *m, int fd, const char *id)
 {
     static const struct message fresh;
@@ -771,7 +788,7 @@ static bool message_read(struct message *m, int fd, const char *id)
     return m->error == 0;
 }
 
-/* Logs why message_read() has returned false. */
+/* Logs why message_read() returned false. */
 static void log_unread(const struct message *m)
 {
     if (m->error != 0)
@@ -796,7 +813,7 @@ uint32_t lane_of(const char *domain)
     return hash != 0 ? hash : 1;
 }
 
-/* The lane of the first recipient it is still owed to. */
+/* Returns the lane of the first recipient that the message is still owed to. */
 static uint32_t lane_of_message(const struct message *m)
 {
     for (size_t i = 0; i < m->count; i++)
@@ -807,7 +824,7 @@ static uint32_t lane_of_message(const struct message *m)
 
 /* ==== Outcomes =========================================================== */
 
-/* Sets the file's modification time to m->due.  Every write to the file undoes it. */
+/* Sets the file's modification time to m->due.  Every write to the file undoes this. */
 static void set_due(const struct message *m)
 {
     struct timespec times[2];
@@ -817,14 +834,14 @@ static void set_due(const struct message *m)
     futimens(m->fd, times);
 }
 
-/* Has this try given the recipient this outcome, and is it not in the file yet? */
+/* Whether the recipient got this outcome in this try and it is not in the file yet. */
 static bool is_new(const struct recipient *r, enum outcome outcome)
 {
     return r->unrecorded && r->outcome == outcome;
 }
 
-/* Returns where an exchanger's words have to stand among those that others have given
- * in this try: in the place of its own if it is asked again, else behind them. */
+/* Returns where in r->said an exchanger's words are to be written: in place of its own
+ * earlier words if it is asked again, else behind the words of the other exchangers. */
 static size_t place_words(const struct recipient *r, const char *relay)
 {
     size_t length = strlen(relay);
@@ -834,8 +851,8 @@ static size_t place_words(const struct recipient *r, const char *relay)
     return strlen(r->said) + 2;
 }
 
-/* Settles a recipient for this try.  LATER may still be overruled by the next exchanger;
- * if that says LATER, too, the words of both are kept, up to a limit. */
+/* Sets a recipient's outcome in this try.  After LATER the next exchanger may set another;
+ * if that is LATER, too, the words of both are kept, up to a limit. */
 static void settle(struct recipient *r, enum outcome outcome, const char *relay, const char *words)
 {
     size_t at = outcome == LATER && is_new(r, LATER) ? place_words(r, relay) : 0;
@@ -852,7 +869,7 @@ static void settle(struct recipient *r, enum outcome outcome, const char *relay,
     r->unrecorded = true;
 }
 
-/* Settles those recipients that have no final outcome yet. */
+/* Settles those of the recipients that have no final outcome yet. */
 static void settle_all(struct recipient **to, size_t count, enum outcome outcome, const char *relay, const char *words)
 {
     for (size_t i = 0; i < count; i++)
@@ -868,7 +885,7 @@ static bool any_new(const struct message *m, enum outcome outcome)
     return false;
 }
 
-/* Writes the records of all new outcomes of this kind behind `before`, into memory
+/* Returns the records of all new outcomes of this kind, with `before` in front, in memory
  * that becomes the caller's. */
 static char *outcome_lines(const struct message *m, enum outcome outcome, const char *before, size_t *size)
 {
@@ -887,7 +904,7 @@ static char *outcome_lines(const struct message *m, enum outcome outcome, const 
     return text;
 }
 
-/* Logs a line for each new outcome of this kind, which is recorded by now. */
+/* Logs each new outcome of this kind.  All are recorded by now, so none is new any more. */
 static void log_outcomes(struct message *m, enum outcome outcome)
 {
     time_t now = wall_clock(), came = id_time(m->id);
@@ -904,7 +921,7 @@ static void log_outcomes(struct message *m, enum outcome outcome)
     }
 }
 
-/* Once the new outcomes of this kind are recorded, is the message owed to nobody? */
+/* Whether the message is owed to nobody once the new outcomes of this kind are recorded. */
 static bool is_last_record(const struct message *m, enum outcome outcome)
 {
     for (size_t i = 0; i < m->count; i++) {
@@ -916,8 +933,8 @@ static bool is_last_record(const struct message *m, enum outcome outcome)
     return !m->part;
 }
 
-/* Removes the message's file.  False: it is not there, or it cannot be removed.  An
- * operator may have moved it out of the queue, and may move it back. */
+/* Removes the message's file.  False: it cannot be removed, or is not there: an operator
+ * may have moved it out of the queue, and may move it back. */
 static bool remove_message(struct message *m)
 {
     m->gone = unlink(spool_path("queue", m->id)) == 0;
@@ -926,7 +943,7 @@ static bool remove_message(struct message *m)
     return m->gone;
 }
 
-/* Does the file end in the middle of a line, torn by a crash or a full disk? */
+/* Whether the file's last line is torn, by a crash or a full disk. */
 static bool is_torn(int fd)
 {
     struct stat st;
@@ -937,17 +954,17 @@ static bool is_torn(int fd)
 
 /* How far a record got. */
 enum record {
-    RECORDED,       /* it is in the file, and durable where it has to be */
-    UNCERTAIN,      /* some of its lines are in the file, or all are and may not be durable */
+    RECORDED,       /* all its lines are in the file, and durable if they need to be */
+    UNCERTAIN,      /* some of its lines are in the file; or all are, but may not be durable */
     UNRECORDED      /* no line of it is in the file; errno says why */
 };
 
-/* Appends the new outcomes of this kind to the file, in one write().  If nobody is owed
- * the message then, removing the file takes the place of the record.  A torn line is
- * ended in the same write(), with a bare CR, so that it is never read as a record.
+/* Appends the new outcomes of this kind to the file, in one write().  If the message is
+ * then owed to nobody, removes the file instead.  A torn line is ended in the same
+ * write(), with a bare CR, so that it is never read as a record.
  *
- * `later` is not synced: if a crash loses the line, the message is tried again, and
- * that is all the line asks for.  Its due time is as little durable. */
+ * `later` is not synced: if a crash loses the line, the message is tried again, which is
+ * all that the line asks for.  The due time is not synced either. */
 static enum record write_outcomes(struct message *m, enum outcome outcome)
 {
     const char *end = is_torn(m->fd) ? "\r\r\n" : "";
@@ -987,9 +1004,9 @@ static void log_unrecorded(const struct message *m)
     logmsg("%s outcomes cannot be recorded (%s)", m->id, strerror(errno));
 }
 
-/* Records that the exchanger has said 250.  Until that is done a crash would send the
- * message again: this is the only window for a duplicate.  On a full disk the record is
- * tried until the process's time is up. */
+/* Records that the exchanger has said 250.  If this process is killed before that is done,
+ * the message is sent again: this is the only window for a duplicate.  While the disk is
+ * full, this tries once a second until the alarm ends the process. */
 static void write_sent(struct message *m)
 {
     struct timespec second = { 1, 0 };
@@ -1002,23 +1019,23 @@ static void write_sent(struct message *m)
 
 /* ==== Exchangers ========================================================= */
 
-/* How far one address of an exchanger has come in this try, and what is true then. */
+/* How far we have come in this try with one address of an exchanger. */
 enum progress {
     UNTRIED,        /* there is no connection: fd is -1 */
     CONNECTING,     /* connect() is under way on fd */
     AWAITING,       /* connected; the greeting has not come */
-    GREETED,        /* it has said 220 (with -S, it is connected); nothing was said to it yet */
-    READY,          /* EHLO is answered, and TLS and AUTH, where needed, are done: it can be given messages */
-    SPENT           /* there is no connection any more, and none is to be made in this try: fd is -1 */
+    GREETED,        /* the 220 has come (with -S: connected); we have said nothing yet */
+    INTRODUCED,     /* EHLO is answered, and TLS and AUTH are done if needed: MAIL may come next */
+    SPENT           /* the connection has ended, and none is to be made again in this try: fd is -1 */
 };
 
-/* Why an address is SPENT, as far as that matters to other messages and addresses. */
+/* Why an address is SPENT, where that matters for other addresses or messages. */
 enum refusal {
-    NO_REFUSAL,     /* it was used, or there is another reason, which x->words say */
+    NO_REFUSAL,     /* it was used, or has another reason, in x->words */
     NO_NETWORK,     /* connect() failed at once: this machine has no network for the address */
     NO_LISTENER,    /* the host refused the connection */
-    BUSY,           /* it takes no further connection just now: 421, or a 4xx greeting */
-    NO_MAIL         /* it greeted with a 5xx: it takes no mail (RFC 5321 3.1) */
+    BUSY,           /* it accepts no further connection just now: 421, or a 4xx greeting */
+    NO_MAIL         /* it greeted with a 5xx: it accepts no mail (RFC 5321 3.1) */
 };
 
 /* One address of an exchanger, and the connection to it. */
@@ -1032,39 +1049,41 @@ struct exchange {
     enum refusal refusal;
     int fd;
     struct tunnel *tunnel;              /* with TLS: `fd` leads to openssl, which talks to the exchanger; else NULL */
-    bool bare;                          /* TLS with it broke in this try: it is done without */
-    int64_t deadline;                   /* by clock_ms(): of the step it is in; or, kept for a next message, of that */
+    bool bare;                          /* TLS with this exchanger failed in this try, so it gets mail in plain */
+    int64_t deadline;                   /* by clock_ms(): when this step of the race, or the keeping, ends */
     int64_t begun, connected, greeted;  /* by clock_us(): when connect() began and ended, and 220 came; 0: not yet */
 
     bool pipelining, eight_bit, sized;  /* what EHLO offers */
     bool starttls, auth_plain, auth_login;
     unsigned long long max_size;        /* SIZE's number, 0 for any */
 
-    unsigned messages;                  /* how many it was given on this connection */
-    bool accepting;                     /* it has accepted a recipient of the last of these */
-    bool unfinished;                    /* the last transaction did not come to its final dot: RSET ends it */
-    const char *id;                     /* that message's, for the log */
+    unsigned messages;                  /* how many messages this connection has had */
+    bool accepting;                     /* a recipient of the last message was accepted */
+    bool unfinished;                    /* the last transaction did not come to its final dot: RSET has to end it */
+    const char *id;                     /* the message's id, for the log */
 
     int code;                           /* of the last reply; 0: none came, the connection is of no more use */
     char words[REPLY_SIZE];             /* the last reply as one line, or what went wrong instead */
-    bool closing;                       /* the last reply was 421: it hangs up (RFC 5321 3.8) */
-    unsigned lines;                     /* how many lines of the next reply are read; 0 between replies */
-    bool in_ehlo;                       /* the next reply lists extensions */
+    bool closing;                       /* the last reply was 421: the exchanger hangs up (RFC 5321 3.8) */
+    unsigned lines;                     /* how many lines of the present reply have been read; 0 between replies */
+    bool in_ehlo;                       /* the present reply lists extensions */
     char in[2048];                      /* `size` octets that were received and not read yet */
     size_t size;
 };
 
+/* Where mail for a domain goes. */
 struct route {
     char domain[PATH_LIMIT];
-    struct exchange x[ADDRESS_LIMIT];   /* by preference */
-    struct exchange *open;              /* left open after a message, for the next; or NULL */
-    size_t count;
-    enum outcome outcome;               /* SENT: there is a way; else why there is none */
-    bool whole;                         /* no exchanger is missing for want of an answer from DNS */
+    struct exchange x[ADDRESS_LIMIT];   /* `count` of them, the most preferred first */
+    size_t count;                       /* 0: there is no way; then `outcome` and `words` say why */
+    struct exchange *open;              /* the one whose connection is kept open for the next message; or NULL */
+    bool whole;                         /* every query for an address that we could use was answered */
     bool left_out;                      /* there are addresses of a family that -b leaves out */
+    enum outcome outcome;               /* if there is no way: LATER or FAILED */
     char words[REPLY_SIZE];
 };
 
+/* Notes why there is no way to the domain. */
 static void no_route(struct route *route, enum outcome outcome, const char *format, ...)
 {
     va_list arguments;
@@ -1075,11 +1094,12 @@ static void no_route(struct route *route, enum outcome outcome, const char *form
     route->outcome = outcome;
 }
 
-/* By clock_ms(): the end of this process's try.  No step lasts longer, and what is
- * left then is for later.  Children inherit it. */
+/* By clock_ms(): when this process's try ends.  No step lasts longer, and recipients that
+ * are still owed the message then are LATER.  Children that try a domain inherit it. */
 static int64_t try_end;
 
-/* Unspecified, multicast and broadcast addresses are of no use. */
+/* Whether an exchanger can have this address: not an unspecified, multicast or broadcast
+ * one. */
 static bool is_usable(const union address *a)
 {
     if (a->sa.sa_family == AF_INET6)
@@ -1094,8 +1114,9 @@ static bool is_loopback(const union address *a)
     return ntohl(a->in.sin_addr.s_addr) >> 24 == 127;
 }
 
-/* Is it an address of this machine?  A datagram to such an address would come from
- * that address itself; connect() on a UDP socket sends nothing, but chooses the source. */
+/* Whether this machine has the address.  A datagram to one of our own addresses has that
+ * same address as its source; connect() on a UDP socket sends nothing and chooses the
+ * source. */
 static bool is_local(const union address *a)
 {
     union address source;
@@ -1114,8 +1135,8 @@ static bool is_local(const union address *a)
     return same;
 }
 
-/* Is it this server?  The same address and port, or, where it listens on all
- * addresses, any of this machine. */
+/* Whether this server listens on the address and port.  If it listens on all addresses,
+ * any address of this machine is its own. */
 static bool is_self(const union address *a, unsigned port)
 {
     static const unsigned char any[16];
@@ -1134,7 +1155,7 @@ static bool is_self(const union address *a, unsigned port)
     return false;
 }
 
-/* What connections of this family come from: an address given with -b, or NULL. */
+/* Returns the address of this family that connections are to come from (-b), or NULL. */
 static const union address *source_of(int family)
 {
     for (size_t i = 0; i < settings.source_count; i++)
@@ -1143,20 +1164,20 @@ static const union address *source_of(int family)
     return NULL;
 }
 
-/* Does -b leave this family out, by naming an address of the other alone? */
+/* Whether -b leaves this family out, by naming only an address of the other family. */
 static bool is_left_out(int family)
 {
     return settings.source_count > 0 && source_of(family) == NULL;
 }
 
-/* Adds an address to the route, unless there is no way to use it.  False: it is our
- * own, and the list ends here. */
+/* Adds an address to the route, unless it cannot be used.  False: it is our own, and so
+ * the list ends here. */
 static bool add_address(struct route *route, const char *name, unsigned preference, union address a, unsigned port)
 {
     char text[ADDRESS_TEXT];
     struct exchange *x = &route->x[route->count];
 
-    address_unmap(&a);      /* in disguise it would not be known for our own */
+    address_unmap(&a);      /* ::ffff:192.0.2.1 may be our own address, too */
     if (!is_usable(&a))
         return true;
     if (is_self(&a, port))
@@ -1179,22 +1200,22 @@ static bool add_address(struct route *route, const char *name, unsigned preferen
     return true;
 }
 
-/* Our operator's mistake, not the sender's. */
+/* The smarthost cannot be used.  That is our operator's mistake, not the sender's: LATER. */
 static void no_smarthost(struct route *route, bool self)
 {
     no_route(route, LATER, "4.4.4 the smarthost %s %s: name another with -s", settings.smarthost,
         self ? "is this relay itself" : "has no usable address");
 }
 
-/* What -b leaves out is our operator's choice and may be a mistake, so no sender's mail
- * is returned for it at once. */
+/* There are only addresses that -b leaves out.  That is our operator's choice, and may be
+ * a mistake, so no mail is returned for it at once. */
 static void no_source(struct route *route)
 {
     no_route(route, LATER, "4.4.4 there are only addresses of a family that -b leaves out");
 }
 
-/* The exchangers have no address to go on with; `trouble` is what DNS failed with, or
- * NULL, and `self` whether this relay is among them. */
+/* No exchanger has a usable address.  `trouble` is why a query failed, or NULL; `self`:
+ * this relay is one of the exchangers. */
 static void no_address(struct route *route, const char *trouble, bool self)
 {
     if (trouble != NULL)
@@ -1210,11 +1231,11 @@ static void no_address(struct route *route, const char *trouble, bool self)
 }
 
 static const char resolv_conf[] = "/etc/resolv.conf";
-static struct nameservers found;        /* there, when this process or its parent looked last */
+static struct nameservers found;        /* in it, when this process or its parent looked last */
 
-/* The name servers to ask: those of -n, or those that resolv.conf names now, because
- * networks come up late and machines move.  A forwarder looks before its first query,
- * and then once a second at most. */
+/* Returns the name servers to ask: those of -n, or those that resolv.conf names now, since
+ * networks come up late and machines move.  A forwarder reads resolv.conf before its first
+ * query, and then once a second at most. */
 static const struct nameservers *name_servers(void)
 {
     static int64_t next_look;
@@ -1242,7 +1263,8 @@ void check_resolv_conf(void)
         logmsg("passed over in %s: %s", resolv_conf, logged);
 }
 
-/* Adds the addresses of these exchangers, which are sorted by preference. */
+/* Looks up the addresses of these exchangers, which are sorted by preference, and adds
+ * them to the route. */
 static void add_exchangers(struct route *route, const struct dns_record *mx, size_t count, unsigned port)
 {
     struct dns_query *queries;
@@ -1266,7 +1288,7 @@ static void add_exchangers(struct route *route, const struct dns_record *mx, siz
         }
         for (size_t k = 0; k < q->count && !self; k++)
             self = !add_address(route, q->name, mx[i / 2].preference, q->records[k].address, port);
-        /* An exchanger that is not better than we are would send it back to us: RFC 5321 5.1. */
+        /* An exchanger that is not preferred to us would send the mail back: RFC 5321 5.1. */
         while (self && route->count > 0 && route->x[route->count - 1].preference >= mx[i / 2].preference)
             route->count--;
     }
@@ -1275,7 +1297,7 @@ static void add_exchangers(struct route *route, const struct dns_record *mx, siz
     free(queries);
 }
 
-/* Asks for the domain's exchangers (RFC 5321 5.1). */
+/* Looks up the domain's exchangers (RFC 5321 5.1) and adds them to the route. */
 static void add_exchangers_of(struct route *route, const char *domain)
 {
     struct dns_query *query = allocate(NULL, sizeof *query);
@@ -1285,7 +1307,7 @@ static void add_exchangers_of(struct route *route, const char *domain)
     query->name = domain;
     query->type = DNS_MX;
     dns_ask(name_servers(), query, 1, try_end);
-    for (size_t i = 0; i < query->count; i++)       /* "." is no name of a host */
+    for (size_t i = 0; i < query->count; i++)       /* "" is the root, which is no host */
         if (query->records[i].name[0] != '\0')
             query->records[usable++] = query->records[i];
     if (query->status == DNS_NXDOMAIN) {
@@ -1310,14 +1332,13 @@ static void find_route(struct route *route, const char *domain)
     struct dns_record host = { .preference = 0 };
     char text[ADDRESS_TEXT];
     union address a;
-    bool known;             /* it is an address already */
+    bool known;             /* it is an address, so there is nothing to look up */
 
     snprintf(route->domain, sizeof route->domain, "%s", domain);
     route->open = NULL;
     route->count = 0;
     route->whole = true;
     route->left_out = false;
-    route->outcome = SENT;
     if (settings.smarthost != NULL)
         known = address_parse(settings.smarthost, port, &a);
     else
@@ -1344,15 +1365,15 @@ static void find_route(struct route *route, const char *domain)
 /* ==== TLS ================================================================ */
 
 /*
- * TLS is the work of openssl(1), which runs as a child of the forwarder, between
- * it and the exchanger.  The forwarder has the other ends of both its connections:
+ * TLS is the work of openssl(1), which runs as a child of the forwarder, between the
+ * forwarder and the exchanger.  openssl has two connections, both to the forwarder:
  *
- *     its standard input and output    what SMTP says: tunnel->plain, which is x->fd
- *     the Unix socket it connects to   what TLS makes of that: tunnel->out and ->in
+ *     its standard input and output   carry SMTP in plain: tunnel->plain, which is x->fd
+ *     a Unix socket                   carries the same by TLS: tunnel->out and ->in
  *
- * What comes on the Unix socket is copied to the exchanger, and back, wherever the
- * forwarder waits for the exchanger.  So there is no third process; and when the
- * forwarder ends, for whatever reason, openssl loses its connections and ends, too.
+ * Wherever the forwarder waits for the exchanger, it copies from the Unix socket to the
+ * exchanger's socket, and back.  So no third process is needed; and when the forwarder
+ * ends, for whatever reason, openssl loses its connections and ends, too.
  */
 enum {
     OPENSSL_START = 30,         /* seconds within which openssl has to connect to us */
@@ -1374,7 +1395,7 @@ struct tunnel {
     struct flow out, in;        /* from openssl to the exchanger, and from the exchanger to openssl */
 };
 
-/* Copies once what there is, as far as it is taken; neither descriptor blocks. */
+/* Copies what can be read and written at once; neither descriptor blocks. */
 static void copy_flow(struct flow *f)
 {
     ssize_t n;
@@ -1396,7 +1417,7 @@ static void copy_flow(struct flow *f)
         f->used = f->size;      /* the reader is gone: go on without it, so that its last words are read */
 }
 
-/* Enters into the sets what copy_flow() waits for.  Returns the descriptor, or -1. */
+/* Enters the descriptor that copy_flow() waits for into the sets.  Returns it, or -1. */
 static int watch_flow(const struct flow *f, fd_set *readable, fd_set *writable)
 {
     bool full = f->used < f->size;
@@ -1435,9 +1456,9 @@ static bool wait_exchange(struct exchange *x, bool writing, int64_t deadline)
     return false;
 }
 
-/* In the child: becomes openssl, which connects to the Unix socket `path`.  Signals
- * to the process group must not end it before the forwarder, which is about to
- * learn, and record, what became of the message. */
+/* In the child: becomes openssl, which connects to the Unix socket `path`.  All signals
+ * are blocked: one sent to the process group must not end openssl while the forwarder
+ * still has to learn, and record, what became of the message. */
 static void become_openssl(const char *name, const char *path, int plain, int errors)
 {
     const char *arguments[16] = { "openssl", "s_client", "-quiet", "-unix", path };
@@ -1455,7 +1476,7 @@ static void become_openssl(const char *name, const char *path, int plain, int er
         arguments[n++] = "9";                           /* certificates in a chain at most */
         arguments[n++] = named ? "-verify_hostname" : "-verify_ip";
         arguments[n++] = name;
-    } else {        /* to read the system's authorities takes longer than all the rest */
+    } else {        /* nothing is verified, and reading the system's authorities would take longest of all */
         setenv("SSL_CERT_FILE", "/dev/null", 1);
         setenv("SSL_CERT_DIR", "/dev/null", 1);
     }
@@ -1475,7 +1496,7 @@ static void become_openssl(const char *name, const char *path, int plain, int er
  * nothing, they stay. */
 static void quote_openssl(struct exchange *x, const struct tunnel *t)
 {
-    static const char *const signs[] = { "verify error:", "error:" };   /* the more telling one comes first */
+    static const char *const signs[] = { "verify error:", "error:" };   /* the first says more */
     char text[4096];
     const char *said = NULL;
     ssize_t n = read(t->errors, text, sizeof text - 1);
@@ -1617,7 +1638,8 @@ static struct tunnel *open_tunnel(struct exchange *x)
 
 /* ==== The dialogue ======================================================= */
 
-/* The steps of a dialogue.  The exchanger has a time for each, in seconds: RFC 5321 4.5.3.2. */
+/* The steps of a dialogue, and how many seconds the exchanger has for each: RFC 5321
+ * 4.5.3.2. */
 enum step { CONNECT, GREETING, HELLO, STARTTLS, AUTH, ENVELOPE, DATA_COMMAND, MESSAGE, FINAL_DOT, QUIT };
 
 static const struct {
@@ -1629,17 +1651,7 @@ static const struct {
     { "MAIL and RCPT", 300 }, { "DATA", 120 }, { "the message", 180 }, { "the final dot", 600 }, { "QUIT", 10 }
 };
 
-long try_limit(void)
-{
-    return settings.wait > 0 && settings.wait < TRY_LIMIT / TRY_STEPS ? TRY_STEPS * settings.wait : TRY_LIMIT;
-}
-
-long fresh_slots(void)
-{
-    /* With fewer than four, one silent exchanger could hold all that are left for the queue. */
-    return settings.forwarders < 4 ? 0 : settings.forwarders / 2;
-}
-
+/* Returns when, by clock_ms(), a step that begins now times out. */
 static int64_t step_deadline(enum step step)
 {
     long seconds = steps[step].seconds;
@@ -1651,15 +1663,15 @@ static int64_t step_deadline(enum step step)
     return end < try_end ? end : try_end;
 }
 
-/* Logs a line of the dialogue, with -v; `who` says it, C or S. */
-static void log_exchange(const struct exchange *x, const char *who, const char *text, size_t size)
+/* With -v, logs a line of the dialogue; `side` is C, which is us, or S. */
+static void log_exchange(const struct exchange *x, const char *side, const char *text, size_t size)
 {
     if (settings.verbose)
-        logmsg("%s %s %s: %.*s", x->id, x->label, who, (int)size, text);
+        logmsg("%s %s %s: %.*s", x->id, x->label, side, (int)size, text);
 }
 
-/* Notes that the connection is of no more use, because `what` happened.  If the
- * exchanger has said before why it will hang up (421), its words stay. */
+/* Notes that the connection is of no more use, because `what` happened.  If a 421 has
+ * announced that the exchanger hangs up, its words stay. */
 static void lose(struct exchange *x, const char *what, enum step step)
 {
     if (!x->closing)
@@ -1667,7 +1679,7 @@ static void lose(struct exchange *x, const char *what, enum step step)
     x->code = 0;
 }
 
-/* Notes what AUTH offers: names, with a space before each (RFC 4954 3). */
+/* Notes the mechanisms that AUTH offers; each name has a space before it (RFC 4954 3). */
 static void note_mechanisms(struct exchange *x, const char *names)
 {
     while (*names == ' ') {
@@ -1698,19 +1710,19 @@ static void note_extension(struct exchange *x, const char *text)
     }
 }
 
-enum reading { MALFORMED, PARTIAL, COMPLETE };
+enum reading { MALFORMED, PARTIAL, ENTIRE };
 
-/* Reads one line of a reply: 250-words, 250 words or 250 (RFC 5321 4.2).  All lines
- * should have one code (4.2.1).  Where they differ the last line counts, as other
- * clients have it: a server may begin a greeting with 220- and end it with 521.  So
- * x->words are those of the last lines with the same code. */
+/* Reads one line of a reply: 250-words, 250 words or 250 (RFC 5321 4.2).  All lines of a
+ * reply should have one code (4.2.1).  If they differ, the last line's code counts, as it
+ * does for other clients: a greeting may begin with 220- and end with 521.  So x->words
+ * are those of the last lines that have the same code. */
 static enum reading take_reply_line(struct exchange *x, const char *text, size_t length)
 {
     char line[sizeof x->in];
     size_t used;
     int code;
 
-    for (size_t i = 0; i < length; i++)         /* made harmless: the words go into log, queue and report */
+    for (size_t i = 0; i < length; i++)         /* the words go into the log, the queue and reports */
         line[i] = text[i] >= ' ' && text[i] <= '~' ? text[i] : '?';
     line[length] = '\0';
     log_exchange(x, "S", line, length);
@@ -1725,17 +1737,17 @@ static enum reading take_reply_line(struct exchange *x, const char *text, size_t
     x->code = code;
     x->closing = code == 421;
     used = strlen(x->words);
-    if (length > 4)             /* words that do not fit are cut off */
+    if (length > 4)             /* if they do not fit, they are cut off */
         snprintf(x->words + used, sizeof x->words - used, " %.*s", (int)sizeof x->words, line + 4);
     x->lines++;
     if (length > 3 && line[3] == '-')
         return x->lines < REPLY_LINES ? PARTIAL : MALFORMED;
     x->lines = 0;
-    return COMPLETE;
+    return ENTIRE;
 }
 
-/* Reads a reply from the octets received.  PARTIAL: its end has not come yet.  A line
- * may end in a bare LF here, since it is not sent on. */
+/* Reads a reply from the octets received.  PARTIAL: its end has not come yet.  Here a line
+ * may end in a bare LF, since replies are not relayed. */
 static enum reading take_reply(struct exchange *x)
 {
     enum reading reading = PARTIAL;
@@ -1752,7 +1764,7 @@ static enum reading take_reply(struct exchange *x)
     return reading;
 }
 
-/* Calls read() once.  False: the connection is at its end, or broken. */
+/* Reads once from the exchanger.  False: the connection has ended or is broken. */
 static bool fill_input(struct exchange *x)
 {
     ssize_t n = read(x->fd, x->in + x->size, sizeof x->in - x->size);
@@ -1770,7 +1782,7 @@ static int read_reply(struct exchange *x, enum step step)
     for (;;) {
         enum reading reading = take_reply(x);
 
-        if (reading == COMPLETE)
+        if (reading == ENTIRE)
             return x->code;
         if (reading == MALFORMED)
             lose(x, "no SMTP reply", step);
@@ -1785,20 +1797,19 @@ static int read_reply(struct exchange *x, enum step step)
     }
 }
 
-/* Sends all of it; the exchanger has the step's time for each part that it takes.
- * False: the exchanger has refused (x->code, 400 or more), or the connection is of no
- * more use.  A yes that comes before the command is no reply to it: the exchanger may
- * not have the message that it seems to have taken. */
+/* Sends `size` octets; the exchanger has the step's time for each part that it takes.
+ * False: the exchanger has refused (x->code is 400 or more), or the connection is of no
+ * more use.  A 2xx that was there before we sent anything cannot be the reply to it, and
+ * must not be taken for one: the exchanger does not have the message. */
 static bool send_bytes(struct exchange *x, const char *bytes, size_t size, enum step step)
 {
     if (x->size > 0) {
-        if (take_reply(x) != COMPLETE || x->code < 400)
+        if (take_reply(x) != ENTIRE || x->code < 400)
             lose(x, "a reply to nothing", step);
         return false;
     }
     while (size > 0) {
         ssize_t n = write(x->fd, bytes, size);
-
         bool full = n < 0 && errno == EAGAIN;
 
         if (n > 0) {
@@ -1828,16 +1839,16 @@ static int say(struct exchange *x, enum step step, const char *format, ...)
     return send_bytes(x, line, (size_t)n, step) ? read_reply(x, step) : 0;
 }
 
-/* Is this 5xx not about the message?  In plain, after TLS broke, it may be about
- * the lack of TLS; and what a smarthost says of AUTH (RFC 4954 6: 530, 534, 535,
- * 538) is for our operator to mend. */
+/* Whether a 5xx with this code may be not about the message.  After TLS failed, it may be
+ * about the lack of TLS; and AUTH's replies from a smarthost (RFC 4954 6: 530, 534, 535,
+ * 538) are about our operator's settings. */
 static bool is_curable(const struct exchange *x, int code)
 {
     return x->bare || (settings.smarthost != NULL && (code == 530 || code == 534 || code == 535 || code == 538));
 }
 
-/* What a reply to a command means for the message (RFC 5321 4.2.1).  LATER: it is
- * neither a yes nor a final no. */
+/* Returns what a reply means (RFC 5321 4.2.1): SENT for 2xx, FAILED for a final 5xx, and
+ * LATER for everything else. */
 static enum outcome judge(const struct exchange *x, int code)
 {
     return code >= 200 && code < 300 ? SENT : code >= 500 && code < 600 && !is_curable(x, code) ? FAILED : LATER;
@@ -1849,7 +1860,7 @@ static void forget_extensions(struct exchange *x)
     x->max_size = 0;
 }
 
-/* EHLO, or HELO to who refuses it (RFC 5321 3.2). */
+/* Says EHLO, and HELO if that is refused (RFC 5321 3.2). */
 static enum outcome say_hello(struct exchange *x)
 {
     char refusal[REPLY_SIZE];
@@ -1864,7 +1875,7 @@ static enum outcome say_hello(struct exchange *x)
         strcpy(refusal, x->words);
         code = say(x, HELLO, "HELO %s\r\n", settings.hostname);
         if (code == 0 && strstr(x->words, "connection lost") != NULL)
-            strcpy(x->words, refusal);      /* this is why */
+            strcpy(x->words, refusal);      /* the reply to EHLO says more */
     }
     return judge(x, code);
 }
@@ -1886,14 +1897,14 @@ static bool begin_tls(struct exchange *x)
     x->fd = t->plain;
     if (x->size == 0)
         return true;
-    /* Somebody may have put it in behind the 220: it would pass for what TLS brings. */
+    /* This came in plain behind the 220.  It may be injected, and would pass for a reply by TLS. */
     lose(x, "more than a reply", STARTTLS);
     return false;
 }
 
-/* TLS, and EHLO by TLS: nothing counts that was said before (RFC 3207 4.2).  The
- * first reply proves that the handshake is done.  Where it has failed the exchanger
- * may be tried once more, in plain. */
+/* Begins TLS, and says EHLO again, since nothing that was said before counts (RFC 3207
+ * 4.2).  The first reply proves that the handshake has succeeded.  If it has failed, the
+ * exchanger may be tried once more, in plain. */
 static enum outcome start_tls(struct exchange *x)
 {
     enum outcome hello = SENT;
@@ -1951,8 +1962,8 @@ static int say_secret(struct exchange *x, const char *command, const char *secre
     return sent ? read_reply(x, AUTH) : 0;
 }
 
-/* AUTH (RFC 4954): PLAIN (RFC 4616), or LOGIN where that is all there is.  What the
- * smarthost has against our name is for our operator to mend, not the sender's fault. */
+/* Says AUTH (RFC 4954): PLAIN (RFC 4616), or LOGIN if PLAIN is not offered.  If the
+ * smarthost refuses us, that is our operator's to mend, not the sender's fault: LATER. */
 static enum outcome authenticate(struct exchange *x)
 {
     char both[1 + 2 * SECRET_SIZE];     /* NUL, name, NUL, password; and the NUL of strcpy() */
@@ -1977,7 +1988,7 @@ static enum outcome authenticate(struct exchange *x)
     return code == 235 ? SENT : LATER;
 }
 
-/* All that comes before the first message: EHLO, TLS, AUTH. */
+/* Says all that comes before the first message: EHLO, STARTTLS, AUTH. */
 static enum outcome introduce(struct exchange *x)
 {
     enum outcome hello = SENT;
@@ -1998,12 +2009,12 @@ static enum outcome introduce(struct exchange *x)
     return hello == SENT && settings.user[0] != '\0' ? authenticate(x) : hello;
 }
 
-/* The part of a message that is on its way out, behind one octet for survey(). */
+/* A part of a message, read to be surveyed or sent; the first octet is for survey(). */
 static char block[1 + BLOCK];
 
-/* Reads the message once to learn what MAIL has to say of it: whether it has octets
- * beyond ASCII, whatever its sender declared, and its size as RFC 1870 counts it, the
- * doubled dots as one. */
+/* Reads the message once, for MAIL's parameters: whether it has octets beyond ASCII (the
+ * client may have declared none), and its size as RFC 1870 counts it, without the dots
+ * that were added. */
 static void survey(struct message *m)
 {
     char bits = 0;
@@ -2020,13 +2031,15 @@ static void survey(struct message *m)
         for (ssize_t i = 1; i <= n; i++)
             bits |= block[i];
         while ((dot = memchr(dot + 1, '.', (size_t)(block + n - dot))) != NULL)
-            m->size -= dot[-1] == '\n';
+            if (dot[-1] == '\n')
+                m->size--;
         block[0] = block[n];
     }
     m->eight_bit = (bits & 0x80) != 0;
 }
 
-/* Sends the message and its final dot, as they are in the file.  False: see x->words. */
+/* Sends the message and its final dot, as they are in the file.  False: x->words say why
+ * that failed. */
 static bool send_message(struct exchange *x, const struct message *m)
 {
     off_t at = m->body, behind = m->end + 3;
@@ -2038,7 +2051,7 @@ static bool send_message(struct exchange *x, const struct message *m)
         size_t size = behind - at < BLOCK ? (size_t)(behind - at) : BLOCK;
         ssize_t n = pread(m->fd, block, size, at);
 
-        if (n <= 0) {       /* without the final dot the exchanger does not take what it has */
+        if (n <= 0) {       /* without the final dot, the exchanger drops what it has received */
             snprintf(x->words, sizeof x->words, "4.3.0 the spool cannot be read: %s", strerror(errno));
             return false;
         }
@@ -2049,9 +2062,8 @@ static bool send_message(struct exchange *x, const struct message *m)
     return true;
 }
 
-/* Holds back SIGTERM and SIGINT, or lets them through again.  They have to wait while
- * the exchanger may have the message, or the report to the sender is stored, and the
- * record of it is not written. */
+/* Blocks or unblocks SIGTERM and SIGINT.  They have to wait from the moment at which the
+ * exchanger may have the message, or a report is stored, until that is recorded. */
 static void hold_signals(bool hold)
 {
     sigset_t set;
@@ -2062,7 +2074,7 @@ static void hold_signals(bool hold)
     sigprocmask(hold ? SIG_BLOCK : SIG_UNBLOCK, &set, NULL);
 }
 
-/* Some recipients of a message, as many as a transaction may have. */
+/* Some recipients of a message, at most as many as a transaction may have. */
 struct group {
     struct recipient *list[GROUP_LIMIT];
     size_t count;
@@ -2073,7 +2085,7 @@ struct transaction {
     struct group to;
     struct group accepted;      /* RCPT was answered with 2xx */
     struct group surplus;       /* RCPT was answered with 451, 452 or 552: another transaction may have room */
-    bool full;                  /* a 452 or 552 was among these: the exchanger has a limit of recipients */
+    bool full;                  /* one was answered with 452 or 552: the exchanger limits recipients */
     bool content_awaited;       /* DATA was answered with 354, or another 3yz */
 };
 
@@ -2082,15 +2094,15 @@ static void add_to_group(struct group *g, struct recipient *r)
     g->list[g->count++] = r;
 }
 
-/* Sets the outcome of all in the group that have no final one yet, with the words of the
- * last reply. */
+/* Settles those of the group that have no final outcome yet, with the words of the last
+ * reply. */
 static void settle_group(const struct exchange *x, struct group *g, enum outcome outcome)
 {
     settle_all(g->list, g->count, outcome, x->label, x->words);
 }
 
-/* Sends the message, and takes the exchanger's answer for all that it has accepted.
- * False: the connection is of no more use. */
+/* Sends the message, and settles all accepted recipients by the exchanger's reply.  False:
+ * the connection is of no more use. */
 static bool transfer_message(struct exchange *x, struct message *m, struct transaction *t)
 {
     bool sent;
@@ -2107,7 +2119,7 @@ static bool transfer_message(struct exchange *x, struct message *m, struct trans
     return code != 0;
 }
 
-/* The commands of a transaction up to DATA, in memory that is the caller's. */
+/* Returns the commands of a transaction up to DATA, in memory that is the caller's. */
 static char *compose_envelope(const struct exchange *x, const struct message *m, const struct group *to)
 {
     char *text = NULL;
@@ -2125,8 +2137,8 @@ static char *compose_envelope(const struct exchange *x, const struct message *m,
     return text;
 }
 
-/* Reads the reply to the first of these commands and moves on to the next one.
- * Without PIPELINING the command is said only now.  Returns the reply's code, or 0. */
+/* Reads the reply to the first of these commands, which without PIPELINING is only sent
+ * now, and moves *commands on to the next.  Returns the reply's code, or 0. */
 static int next_reply(struct exchange *x, const char **commands, enum step step)
 {
     const char *command = *commands;
@@ -2139,7 +2151,7 @@ static int next_reply(struct exchange *x, const char **commands, enum step step)
     return read_reply(x, step);
 }
 
-/* Takes the reply to a recipient's RCPT, which is the last one read. */
+/* Handles the reply to a recipient's RCPT, which is the last reply read. */
 static void take_recipient_reply(struct exchange *x, struct transaction *t, struct recipient *r)
 {
     bool full = x->code == 452 || x->code == 552;
@@ -2156,9 +2168,9 @@ static void take_recipient_reply(struct exchange *x, struct transaction *t, stru
         add_to_group(&t->surplus, r);
 }
 
-/* Says MAIL, the RCPTs and DATA: each after the reply to the one before, for as long as
- * that makes sense; or with PIPELINING (RFC 2920) all at once, and then each has its
- * reply.  False: the connection is of no more use. */
+/* Says MAIL, the RCPTs and DATA.  With PIPELINING (RFC 2920) all are sent at once, and each
+ * gets its reply; without it each is sent after the reply to the one before, and only if
+ * that reply allows it.  False: the connection is of no more use. */
 static bool say_envelope(struct exchange *x, const char *commands, struct transaction *t)
 {
     bool ahead = x->pipelining, mail_ok;
@@ -2179,7 +2191,7 @@ static bool say_envelope(struct exchange *x, const char *commands, struct transa
     if (next_reply(x, &commands, DATA_COMMAND) == 0)
         return false;
     t->content_awaited = x->code / 100 == 3;    /* 354; the first digit says what to do: RFC 5321 4.2.1 */
-    if (t->content_awaited && !mail_ok) {       /* what is it that the exchanger would take? */
+    if (t->content_awaited && !mail_ok) {       /* then no reply of this exchanger can be trusted */
         lose(x, "a yes after a no", DATA_COMMAND);
         return false;
     }
@@ -2188,8 +2200,8 @@ static bool say_envelope(struct exchange *x, const char *commands, struct transa
     return true;
 }
 
-/* Leads one transaction to its end.  If the exchanger has taken the message, that is
- * recorded when this returns.  False: the connection is of no more use. */
+/* Carries out one transaction.  If the exchanger accepts the message, that is recorded when
+ * this returns.  False: the connection is of no more use. */
 static bool transact(struct exchange *x, struct message *m, struct transaction *t)
 {
     char *commands = compose_envelope(x, m, &t->to);
@@ -2197,7 +2209,7 @@ static bool transact(struct exchange *x, struct message *m, struct transaction *
 
     free(commands);
     if (!alive) {
-        settle_group(x, &t->to, LATER);     /* of the replies before, only a final no counts */
+        settle_group(x, &t->to, LATER);     /* accepted recipients do not have the message; a final no stands */
         return false;
     }
     if (!t->content_awaited)
@@ -2207,23 +2219,23 @@ static bool transact(struct exchange *x, struct message *m, struct transaction *
     return say(x, FINAL_DOT, ".\r\n") != 0;     /* no recipients: an empty message ends it (RFC 2920 3.1) */
 }
 
-/* A transaction gets somewhere when the message is owed to fewer recipients than
- * before: the exchanger accepted some, and its answer to DATA or to the message is
- * final, 2xx or 5xx.  That answer is the same for all of them. */
+/* Whether the transaction has got somewhere: the exchanger accepted recipients, and its
+ * reply to DATA or to the message was final, 2xx or 5xx.  That reply is the same for all
+ * accepted recipients. */
 static bool got_somewhere(const struct transaction *t)
 {
     return t->accepted.count > 0 && t->accepted.list[0]->outcome != LATER;
 }
 
-/* The recipients that are still to be asked for on this connection, in order. */
+/* The recipients that still need a transaction on this connection, in order. */
 struct remaining {
     struct recipient **list;
     size_t count;
-    size_t fresh;               /* the first so many were not asked for yet; the others were surplus before */
-    size_t limit;               /* how many to ask for in one transaction: what the exchanger took of too many */
+    size_t fresh;               /* the first `fresh` were in no transaction yet; the others were surplus in one */
+    size_t limit;               /* how many one transaction gets; once it was too many, what the exchanger accepted */
 };
 
-/* Moves recipients from the front into a transaction. */
+/* Moves recipients from the front of the list into a transaction. */
 static void begin_transaction(struct remaining *left, struct transaction *t)
 {
     t->to.count = left->count < left->limit ? left->count : left->limit;
@@ -2233,8 +2245,8 @@ static void begin_transaction(struct remaining *left, struct transaction *t)
     memmove(left->list, left->list + t->to.count, left->count * sizeof *left->list);
 }
 
-/* Puts the surplus of a transaction that got somewhere behind the others.  After one
- * that did not, no surplus is asked for again: it waits for the next try. */
+/* After a transaction that got somewhere, appends its surplus to the list.  After one that
+ * did not, drops all surplus from the list: it waits for the next try. */
 static void end_transaction(struct remaining *left, const struct transaction *t)
 {
     if (!got_somewhere(t)) {
@@ -2247,10 +2259,10 @@ static void end_transaction(struct remaining *left, const struct transaction *t)
         left->limit = t->accepted.count;
 }
 
-/* Leads as many transactions as these recipients need: the exchanger may accept fewer
- * in one than we ask for (RFC 5321 4.5.3.1.10).  What one transaction has sent is
- * recorded before the next begins, and its recipients are in no other, so that nobody
- * gets the message twice.  False: the connection is of no more use. */
+/* Carries out as many transactions as these recipients need: the exchanger may accept fewer
+ * in one than we ask for (RFC 5321 4.5.3.1.10).  What one transaction has sent is recorded
+ * before the next begins, and no recipient that has the message is asked for again.  False:
+ * the connection is of no more use. */
 static bool transact_all(struct exchange *x, struct message *m, struct recipient **to, size_t count)
 {
     struct remaining left = { .list = allocate(NULL, count * sizeof *to), .limit = GROUP_LIMIT };
@@ -2282,8 +2294,8 @@ static int64_t clock_us(void)
     return (int64_t)now.tv_sec * 1000000 + now.tv_nsec / 1000;
 }
 
-/* Closes the connection: the address is not tried again in this try.  x->words say
- * why, for log and record. */
+/* Closes the connection, for the reason in x->words.  The address is not used again in
+ * this try. */
 static void spend(struct exchange *x)
 {
     if (x->tunnel != NULL)
@@ -2295,8 +2307,8 @@ static void spend(struct exchange *x)
     x->progress = SPENT;
 }
 
-/* What the error of a connect() says.  `at_once`: it came from this machine, and not
- * from a router or from a host that does not answer. */
+/* Returns what an error of connect() says.  `at_once`: connect() itself returned it, so it
+ * comes from this machine, and not from a router or a host that does not answer. */
 static enum refusal connect_refusal(int error, bool at_once)
 {
     if (error == ECONNREFUSED)
@@ -2306,8 +2318,8 @@ static enum refusal connect_refusal(int error, bool at_once)
     return NO_REFUSAL;
 }
 
-/* Begins to connect; the socket never blocks.  Returns 0, or the error with which
- * this failed at once, described in x->words. */
+/* Calls connect() on a new non-blocking socket.  Returns 0, or the error if it fails at
+ * once, which x->words describe. */
 static int begin_connecting(struct exchange *x)
 {
     const union address *source = source_of(x->address.sa.sa_family);
@@ -2328,7 +2340,7 @@ static int begin_connecting(struct exchange *x)
     return error;
 }
 
-/* Enters the race: CONNECTING, or SPENT if that fails at once. */
+/* Starts a new connection: CONNECTING, or SPENT if that fails at once. */
 static void start_connecting(struct exchange *x)
 {
     int error;
@@ -2350,8 +2362,8 @@ static void start_connecting(struct exchange *x)
     }
 }
 
-/* Ends connect(), non-blocking as it was: when the socket becomes writable connect() is
- * done, and SO_ERROR tells whether it failed. */
+/* Finishes a non-blocking connect(): the socket has become writable, so connect() is done,
+ * and SO_ERROR tells whether it has failed. */
 static void finish_connecting(struct exchange *x)
 {
     int error = 0;
@@ -2367,26 +2379,27 @@ static void finish_connecting(struct exchange *x)
     x->connected = clock_us();
     x->deadline = step_deadline(GREETING);
     x->progress = AWAITING;
-    if (settings.tls_first) {       /* the greeting comes by TLS, which only the winner is asked for */
+    if (settings.tls_first) {       /* the greeting comes by TLS, which begins with the winner alone */
         x->greeted = x->connected;
         x->progress = GREETED;
     }
 }
 
-/* Reads what has come of the greeting: GREETED with the whole of a 220, or SPENT. */
+/* Reads what has come of the greeting.  The address is GREETED after a whole 220, SPENT
+ * after anything else, and stays AWAITING until the greeting is whole. */
 static void take_greeting(struct exchange *x)
 {
     bool open = fill_input(x);
     enum reading reading = take_reply(x);
 
-    if (reading == COMPLETE && judge(x, x->code) == SENT) {
+    if (reading == ENTIRE && judge(x, x->code) == SENT) {
         x->greeted = clock_us();
         x->progress = GREETED;
         return;
     }
     if (reading == PARTIAL && open)
         return;
-    if (reading != COMPLETE)
+    if (reading != ENTIRE)
         lose(x, open ? "no SMTP reply" : "connection lost", GREETING);
     else if (x->code < 500)
         x->refusal = BUSY;
@@ -2395,8 +2408,8 @@ static void take_greeting(struct exchange *x)
     spend(x);
 }
 
-/* Waits until an address that is CONNECTING or AWAITING moves on, or its time is over.
- * False: there is none. */
+/* Waits until an address that is CONNECTING or AWAITING gets further or runs out of time.
+ * False: there is no such address. */
 static bool watch(struct route *route)
 {
     int64_t first = INT64_MAX;
@@ -2408,8 +2421,7 @@ static bool watch(struct route *route)
     for (struct exchange *x = route->x; x < route->x + route->count; x++) {
         if (x->progress != CONNECTING && x->progress != AWAITING)
             continue;
-        FD_SET(x->fd, x->progress == CONNECTING ? &writable : &readable);
-        top = x->fd > top ? x->fd : top;
+        watch_fd(x->fd, x->progress == CONNECTING ? &writable : &readable, &top);
         first = x->deadline < first ? x->deadline : first;
     }
     if (top < 0)
@@ -2428,9 +2440,8 @@ static bool watch(struct route *route)
     return true;
 }
 
-/* Logs what this race, which began at `start`, has measured: milliseconds from connect()
- * to the handshake and to the greeting, "-" for a greeting that had not come when
- * another address won. */
+/* Logs what the race that began at `start` has measured: milliseconds from connect() to
+ * the handshake and to the greeting, or "-" if another address won before the greeting. */
 static void log_race(const struct route *route, int64_t start)
 {
     char *text = NULL;
@@ -2439,7 +2450,7 @@ static void log_race(const struct route *route, int64_t start)
 
     for (const struct exchange *x = route->x; x < route->x + route->count; x++) {
         if (x->begun < start)
-            continue;           /* it was not in this one */
+            continue;           /* it was not in this race */
         put(line, " %s", x->label);
         if (x->connected != 0)
             put(line, " handshake=%.2fms", (double)(x->connected - x->begun) / 1000);
@@ -2456,9 +2467,9 @@ static void log_race(const struct route *route, int64_t start)
     free(text);
 }
 
-/* Ends a connection that lost the race, or that is not kept any more.  An exchanger that
- * has greeted hears QUIT; before the greeting a client says nothing (RFC 5321 4.3.1).
- * The address may still be needed in this try. */
+/* Ends a connection that lost the race or is not kept any longer.  An exchanger that has
+ * greeted is told QUIT; before the greeting a client must say nothing (RFC 5321 4.3.1).
+ * The address may still be used in this try. */
 static void let_go(struct exchange *x)
 {
     static const char quit[] = "QUIT\r\n";
@@ -2466,8 +2477,8 @@ static void let_go(struct exchange *x)
 
     if (x->progress == AWAITING)
         take_greeting(x);
-    greeted = x->progress == READY || (x->progress == GREETED && !settings.tls_first);
-    if (x->tunnel != NULL)      /* openssl has to be given the time to send it */
+    greeted = x->progress == INTRODUCED || (x->progress == GREETED && !settings.tls_first);
+    if (x->tunnel != NULL)      /* openssl needs time to send it, so wait for the reply */
         say(x, QUIT, quit);
     else if (greeted && write(x->fd, quit, sizeof quit - 1) < 0)
         lose(x, "connection lost", QUIT);
@@ -2477,8 +2488,9 @@ static void let_go(struct exchange *x)
     }
 }
 
-/* Connects to all untried addresses of one preference at once.  Returns the one whose
- * greeting came after the shortest time, and lets the others go.  NULL: none greets. */
+/* Connects to all untried addresses of one preference at once.  Returns the one that took
+ * the shortest time from connect() to its greeting, and ends the other connections.  NULL:
+ * none has greeted. */
 static struct exchange *race(struct route *route, unsigned preference)
 {
     struct exchange *winner = NULL, *end = route->x + route->count;
@@ -2501,7 +2513,7 @@ static struct exchange *race(struct route *route, unsigned preference)
 
 /* ==== Delivery =========================================================== */
 
-/* Is the message still owed to one of these? */
+/* Whether the message is still owed to one of these recipients. */
 static bool any_owed(struct recipient **to, size_t count)
 {
     for (size_t i = 0; i < count; i++)
@@ -2510,24 +2522,25 @@ static bool any_owed(struct recipient **to, size_t count)
     return false;
 }
 
-/* What one message of a batch leaves to the next, and what each needs to know of the
- * batch.  A message that is forwarded by the child that stored it is a batch of one. */
+/* What each message needs to know of its batch, and what it leaves to the next message.
+ * If the child that stored a message forwards it, that is a batch of one. */
 struct batch {
     bool more;              /* another message follows: an open connection is worth keeping */
-    bool patient;           /* a message whose exchanger has no room is given back instead of recorded */
-    bool company;           /* we have other connections to this lane: a refused connect() means no room, too */
-    struct route *route;    /* the last message's route, its connection still open; NULL if there is none */
-    char dead[PATH_LIMIT];  /* the domain for which nobody was reached, "*" for the smarthost, "" for none ... */
-    char relay[LABEL_SIZE], words[REPLY_SIZE];    /* ... and what the record says of that */
+    bool patient;           /* if an exchanger has no room, the message is given back and nothing recorded */
+    bool company;           /* other processes have connections in this lane: a refused connect() means no room, too */
+    struct route *route;    /* the last message's route, if its connection is kept open; else NULL */
+    char dead[PATH_LIMIT];  /* the domain whose exchangers were not reached; "*": the smarthost; "": none ... */
+    char relay[LABEL_SIZE], words[REPLY_SIZE];    /* ... and what the records say of that */
 };
 
-/* How far one try came with a domain. */
+/* What came of trying a domain. */
 enum reach {
-    REACHED,    /* an exchanger answered, or there is none and never will be */
-    NO_ROOM,    /* an exchanger has no room for another connection of ours just now */
-    UNREACHED   /* no exchanger answered, or the name servers did not */
+    REACHED,    /* an exchanger has greeted us, or no recipient is owed the message any more */
+    NO_ROOM,    /* an exchanger accepts no further connection just now */
+    UNREACHED   /* no exchanger has greeted us, or there is no route to one just now */
 };
 
+/* Ends the kept connection, if there is one, and frees its route. */
 static void drop_kept(struct batch *b)
 {
     if (b->route != NULL && b->route->open != NULL)
@@ -2536,8 +2549,9 @@ static void drop_kept(struct batch *b)
     b->route = NULL;
 }
 
-/* Keeps a message's route for the next, if its connection is open and leads to the
- * best exchanger that answers: a better one may have refused this message alone. */
+/* Keeps a message's route for the next message, if its connection is open and no better
+ * exchanger has greeted us: a better one may have refused only this message, and should
+ * get the next.  Frees the route otherwise. */
 static void keep_route(struct batch *b, struct route *route)
 {
     bool best = route->open != NULL;
@@ -2549,14 +2563,14 @@ static void keep_route(struct batch *b, struct route *route)
         drop_kept(b);
 }
 
-/* Returns the kept route, now the caller's, if it leads to this domain and its
- * connection still works; else drops it and returns NULL.  The other exchangers on
- * the route have another chance with this message. */
+/* Returns the kept route if it leads to this domain and its connection still works; the
+ * route is the caller's then.  Else drops it and returns NULL.  The route's other addresses
+ * may all be tried for this message. */
 static struct route *take_kept(struct batch *b, const char *domain, const char *id)
 {
     struct route *route = b->route;
 
-    /* An exchanger that speaks now is out of step, or about to hang up. */
+    /* If the exchanger has sent something now, it hangs up or is out of step. */
     if (route == NULL || clock_ms() > route->open->deadline || wait_exchange(route->open, false, 0)
         || (settings.smarthost == NULL && strcasecmp(route->domain, domain) != 0)) {
         drop_kept(b);
@@ -2571,8 +2585,8 @@ static struct route *take_kept(struct batch *b, const char *domain, const char *
     return route;
 }
 
-/* Remembers that nobody was reached for this domain: the rest of the batch is
- * settled with the same words, without a try. */
+/* Remembers that no exchanger of this domain was reached: the rest of the batch is settled
+ * with the same words, without a try. */
 static void note_dead(struct batch *b, const char *domain, const char *said)
 {
     size_t relay = strcspn(said, " ");
@@ -2587,21 +2601,21 @@ static bool is_dead(const struct batch *b, const char *domain)
     return b->dead[0] != '\0' && (settings.smarthost != NULL || strcasecmp(b->dead, domain) == 0);
 }
 
-/* The whole dialogue with an exchanger that has greeted us.  The connection stays
- * open if another message follows.  If the exchanger closes a reused connection
- * before accepting any recipient, it is tried once more on a new one: it may only
- * limit the messages of a connection.  If it closes a new one with 421, it has no
- * room for us (RFC 5321 3.8). */
+/* Carries out the whole dialogue with an exchanger that has greeted us.  The connection
+ * stays open if another message follows.  If the exchanger closes a reused connection
+ * before accepting any recipient, it is tried once more on a new one: it may only limit
+ * the messages of a connection.  If it closes a new connection with 421, it has no room
+ * for us (RFC 5321 3.8). */
 static void talk(struct batch *b, struct exchange *x, struct message *m, struct recipient **to, size_t count)
 {
     bool was_bare = x->bare;
-    enum outcome hello = x->progress == READY ? SENT : introduce(x), unfit = x->bare ? LATER : FAILED;
+    enum outcome hello = x->progress == INTRODUCED ? SENT : introduce(x), unfit = x->bare ? LATER : FAILED;
     bool alive = x->code != 0, used = x->messages > 0, ended;
 
     if (hello == SENT)
-        x->progress = READY;
+        x->progress = INTRODUCED;
     x->accepting = false;
-    if (x->refusal == NO_MAIL) {        /* its greeting came by TLS; like one in plain, blame() reports it */
+    if (x->refusal == NO_MAIL) {        /* a 5xx greeting that came by TLS: left to blame(), like one in plain */
         spend(x);
         return;
     }
@@ -2614,7 +2628,7 @@ static void talk(struct batch *b, struct exchange *x, struct message *m, struct 
     else
         alive = transact_all(x, m, to, count);
     x->messages++;
-    if (alive && x->progress == READY && b->more && !m->part && !any_owed(to, count)) {
+    if (alive && x->progress == INTRODUCED && b->more && !m->part && !any_owed(to, count)) {
         x->deadline = clock_ms() + KEPT;
         return;
     }
@@ -2628,9 +2642,9 @@ static void talk(struct batch *b, struct exchange *x, struct message *m, struct 
         x->progress = UNTRIED;
 }
 
-/* Recipients that are still owed the message get the reasons why exchangers could not
- * be reached, the most preferred first, behind what others said to them.  An address
- * that this machine has no network for is to blame only if all are. */
+/* Settles recipients that are still owed the message with the reasons why exchangers could
+ * not be reached, the most preferred first, behind what other exchangers said of them.
+ * Addresses that this machine has no network for are named only if there are no others. */
 static void blame(const struct route *route, enum outcome outcome, struct recipient **to, size_t count)
 {
     bool network = false;
@@ -2642,9 +2656,9 @@ static void blame(const struct route *route, enum outcome outcome, struct recipi
             settle_all(to, count, outcome, x->label, x->words);
 }
 
-/* Did all greet with a 5xx?  Then the domain takes no mail (RFC 5321 3.1).  An address
- * that this machine has no network for has no say in this, nor could it take the mail;
- * an exchanger whose address is not known could. */
+/* Whether all exchangers greeted with a 5xx: then the domain accepts no mail (RFC 5321 3.1).
+ * Addresses that this machine has no network for are left out of account.  An exchanger
+ * whose address could not be looked up might accept mail. */
 static bool all_refuse(const struct route *route)
 {
     bool any = false;
@@ -2657,7 +2671,7 @@ static bool all_refuse(const struct route *route)
     return any && route->whole;
 }
 
-/* What a try came to, `reached` whether any exchanger has greeted us in it. */
+/* Returns what came of the try; `reached`: an exchanger has greeted us. */
 static enum reach judge_try(const struct batch *b, const struct route *route, struct recipient **to, size_t count,
     bool reached)
 {
@@ -2669,8 +2683,8 @@ static enum reach judge_try(const struct batch *b, const struct route *route, st
     return reached ? REACHED : UNREACHED;
 }
 
-/* Tries the exchangers of a route, best preference first, until no recipient is
- * owed the message any more (RFC 5321 5.1). */
+/* Tries the exchangers of a route, the most preferred first, until no recipient is owed the
+ * message any more (RFC 5321 5.1). */
 static enum reach try_exchangers(struct batch *b, struct route *route, struct message *m, struct recipient **to,
     size_t count)
 {
@@ -2694,7 +2708,7 @@ static enum reach try_exchangers(struct batch *b, struct route *route, struct me
     return judge_try(b, route, to, count, reached);
 }
 
-/* Tries to bring the message to these recipients, which share a domain. */
+/* Tries to deliver the message to these recipients, which share a domain. */
 static enum reach deliver(struct batch *b, struct message *m, struct recipient **to, size_t count)
 {
     const char *domain = domain_of(to[0]->address);
@@ -2712,7 +2726,7 @@ static enum reach deliver(struct batch *b, struct message *m, struct recipient *
     }
     for (size_t k = 0; k < route->count; k++)
         route->x[k].id = m->id;
-    if (route->outcome == SENT) {
+    if (route->count > 0) {
         survey(m);
         reach = try_exchangers(b, route, m, to, count);
     } else {
@@ -2725,7 +2739,7 @@ static enum reach deliver(struct batch *b, struct message *m, struct recipient *
     return reach;
 }
 
-/* Gives up on the recipients that are still owed a message as old as mail may get. */
+/* If the message is as old as -e, fails the recipients that it is still owed to. */
 static void expire(const struct message *m, struct recipient **to, size_t count)
 {
     for (size_t i = 0; i < count; i++) {
@@ -2741,8 +2755,8 @@ static void expire(const struct message *m, struct recipient **to, size_t count)
 
 /* ==== Reports ============================================================ */
 
-/* Finds the status code of RFC 3463 2 in an exchanger's words: class, subject and
- * detail, of which the last two have up to three digits.  Without one it is 5.0.0. */
+/* Copies the status code (RFC 3463 2) from an exchanger's words: class, subject and detail,
+ * of which the last two have up to three digits.  If there is none, the status is 5.0.0. */
 static void find_status(const char *words, char status[16])
 {
     static const char digits[] = "0123456789";
@@ -2789,8 +2803,8 @@ static void write_delivery_status(FILE *out, const struct message *m)
     }
 }
 
-/* Writes the header of the message that failed: no more than HEADER_LIMIT octets, in
- * short lines of printable ASCII (RFC 5321 4.5.3.1.6). */
+/* Writes the header of the message that failed: about HEADER_LIMIT octets at most, in lines
+ * of printable ASCII that are not too long (RFC 5321 4.5.3.1.6). */
 static void write_header(FILE *out, const struct message *m)
 {
     struct reader r = { .fd = m->fd, .at = m->body };
@@ -2839,8 +2853,8 @@ static void write_report(FILE *out, const struct message *m, const char *id)
     put(out, "\r\n--=_%s--\r\n.\r\n", id);
 }
 
-/* Stores a report on the new failures.  Returns false if that failed; then no failure may
- * be recorded.  Mail with a null reverse-path gets no report (RFC 5321 6.1):
+/* Stores a report on the new failures.  Returns false if that did not work; then no failure
+ * may be recorded.  Mail with a null reverse-path gets no report (RFC 5321 6.1), and
  * report->fd stays -1. */
 static bool report_failures(const struct message *m, struct draft *report)
 {
@@ -2873,7 +2887,7 @@ struct party {
     size_t count;
 };
 
-/* Do both go to the same exchangers?  With a smarthost all do. */
+/* Whether both recipients' mail goes to the same exchangers.  With a smarthost all does. */
 static bool share_party(const struct recipient *a, const struct recipient *b)
 {
     return settings.smarthost != NULL || strcasecmp(domain_of(a->address), domain_of(b->address)) == 0;
@@ -2909,10 +2923,17 @@ static size_t make_parties(struct message *m, struct recipient **order, struct p
     return count;
 }
 
-/* The life of the child for one domain.  It holds a lock of its own, on the octet of
- * its number, while its parent keeps octet 0: if the parent is killed, no process
- * tries the message again before this child has ended, too.  What failed is left to
- * the parent, which reports it before it is recorded. */
+/* Returns how many seconds a try may take.  After that each step times out at once. */
+static long try_limit(void)
+{
+    return settings.wait > 0 && settings.wait < TRY_LIMIT / TRY_STEPS ? TRY_STEPS * settings.wait : TRY_LIMIT;
+}
+
+/* Runs the child for one domain, and never returns.  The child locks the octet of its
+ * number, and its parent keeps octet 0: if the parent is killed, no process tries the
+ * message again before this child has ended, too.  The child records what was sent or is
+ * for later.  It passes failures on by `failures`, and the parent reports them before it
+ * records them. */
 static void try_party(struct batch *b, struct message *m, const struct party *p, off_t number, pid_t parent,
     struct draft *failures)
 {
@@ -2933,7 +2954,7 @@ static void try_party(struct batch *b, struct message *m, const struct party *p,
     _exit(0);
 }
 
-/* Returns its child, or -1: there is no process for it. */
+/* Forks the child for one domain.  Returns its pid, or -1 if no process can be made. */
 static pid_t start_party(struct batch *b, struct message *m, const struct party *p, off_t number,
     struct draft *failures)
 {
@@ -2944,7 +2965,7 @@ static pid_t start_party(struct batch *b, struct message *m, const struct party 
     return pid;
 }
 
-/* What the children have recorded, and what they leave to be reported. */
+/* Reads what the children have recorded, and the failures that they have passed on. */
 static void read_results(struct message *m, const struct draft *failures)
 {
     struct reader r = { .fd = failures->fd };
@@ -2959,7 +2980,8 @@ static void read_results(struct message *m, const struct draft *failures)
         m->recipients[i].unrecorded = m->recipients[i].unrecorded && m->recipients[i].outcome == FAILED;
 }
 
-/* Tries several domains, some side by side, so that a dead one delays no other. */
+/* Tries several domains, up to DOMAINS_AT_ONCE side by side, so that a dead one delays no
+ * other. */
 static void deliver_parties(struct batch *b, struct message *m, const struct party *parties, size_t count)
 {
     struct draft failures;
@@ -2967,10 +2989,10 @@ static void deliver_parties(struct batch *b, struct message *m, const struct par
     int status;
     pid_t pid;
 
-    drop_kept(b);           /* it is not the children's */
+    drop_kept(b);           /* two processes must not use one connection */
     if (!draft_open(&failures, 0))
         return;
-    lock_octets(m->fd, F_UNLCK, 1, 0);      /* the others' octets are free for their children */
+    lock_octets(m->fd, F_UNLCK, 1, 0);      /* all but octet 0, so that each child can lock its own */
     while (begun < count || running > 0) {
         if (begun < count && running < DOMAINS_AT_ONCE
             && start_party(b, m, &parties[begun], (off_t)begun + 1, &failures) > 0) {
@@ -2990,7 +3012,7 @@ static void deliver_parties(struct batch *b, struct message *m, const struct par
     draft_drop(&failures);
 }
 
-/* Takes a report back before anybody has tried it, which its lock makes sure of. */
+/* Removes a report again.  This process still has it locked, so no other can have sent it. */
 static void withdraw_report(const struct message *m, struct draft *report)
 {
     if (report->fd < 0 || unlink(spool_path("queue", report->id)) != 0)
@@ -2999,10 +3021,10 @@ static void withdraw_report(const struct message *m, struct draft *report)
     draft_forget(report);
 }
 
-/* Reports the new failures, and then records them: after a crash in between they are
- * found, and reported, again.  If nothing of the record could be written, the report is
- * withdrawn, or a full disk would let the sender have one at each try.  Returns false
- * unless all is recorded. */
+/* Reports the new failures, and then records them.  After a crash in between, the next try
+ * finds the failures, and reports them, again.  If nothing of the record can be written,
+ * the report is withdrawn, or while the disk is full the sender would get one for each
+ * try.  Returns false unless all is recorded. */
 static bool conclude_failures(struct message *m, struct draft *report)
 {
     enum record record;
@@ -3019,14 +3041,14 @@ static bool conclude_failures(struct message *m, struct draft *report)
     return record == RECORDED;
 }
 
-/* Ends a try: reports, records, and removes or reschedules the message. */
+/* Ends a try: reports and records its outcomes, and removes or reschedules the message. */
 static void conclude(struct message *m, struct draft *report)
 {
     bool owed = false, recorded;
 
     for (size_t i = 0; i < m->count; i++)
         owed = owed || m->recipients[i].outcome == LATER;
-    hold_signals(true);         /* SIGTERM between report and record would make a second report */
+    hold_signals(true);         /* a process that ends between report and record causes a second report */
     recorded = !any_new(m, FAILED) || conclude_failures(m, report);
     if (recorded && write_outcomes(m, LATER) != RECORDED)
         log_unrecorded(m);
@@ -3040,8 +3062,8 @@ static void conclude(struct message *m, struct draft *report)
         remove_message(m);
 }
 
-/* May the message be given back, untried as far as its record goes?  Only if no
- * recipient's outcome is final. */
+/* Whether the message may be given back with nothing recorded: only if this try has brought
+ * no final outcome. */
 static bool may_give_back(const struct message *m)
 {
     for (size_t i = 0; i < m->count; i++)
@@ -3058,8 +3080,7 @@ static void give_back(struct message *m, const char *said)
     set_due(m);
 }
 
-/* One try of one message, which is locked.  NO_ROOM: it is due again, and nothing is
- * recorded. */
+/* Tries a message, which is locked, once.  NO_ROOM: it is due again, and nothing is recorded. */
 static enum reach try_message(struct batch *b, struct message *m, struct draft *report)
 {
     struct recipient **order = allocate_array(m->count, sizeof *order);
@@ -3089,8 +3110,9 @@ static enum reach try_message(struct batch *b, struct message *m, struct draft *
     return reach;
 }
 
-/* Tries a message, which it takes over, and then the report on it if there is one.
- * The alarm ends a try that goes on for twice its time, even if the server is gone. */
+/* Tries a message once, and then the report on it if there is one; frees the message.  An
+ * alarm kills this process if that takes twice the time of a try, even if the server is
+ * gone. */
 static enum reach forward(struct batch *b, struct message *m)
 {
     struct draft report = { .fd = -1 };
@@ -3112,7 +3134,7 @@ static enum reach forward(struct batch *b, struct message *m)
     return reach;
 }
 
-/* Forwards the message behind `fd`, which is locked and is closed here. */
+/* Reads and tries the message behind `fd`, which is locked; closes `fd`. */
 static enum reach forward_file(struct batch *b, int fd, const char *id)
 {
     struct message m;
@@ -3122,19 +3144,6 @@ static enum reach forward_file(struct batch *b, int fd, const char *id)
     log_unread(&m);
     message_free(&m);
     return REACHED;
-}
-
-bool draft_store(struct draft *d, int reply_fd)
-{
-    char reply[REPLY_SIZE];
-    bool stored = store(d);
-    int n = snprintf(reply, sizeof reply, stored ? "250 2.0.0 Ok: queued as %s\n" : "%s\n",
-        stored ? d->id : draft_refusal(d->error));
-
-    /* The message is ours from here on, even if the client does not hear of it. */
-    if (write(reply_fd, reply, (size_t)n) < 0)
-        logmsg("%s: the client has gone before it was told: %.*s", d->id, n - 1, reply);
-    return stored;
 }
 
 /* Writes a line on the due pipe.  If the pipe is full, nothing is lost: the queue manager
@@ -3165,51 +3174,14 @@ void draft_forward(const struct draft *d, uint32_t lane, bool company, int due_f
     _exit(0);
 }
 
-/* When is this file due?  0: it is none of ours. */
-static time_t due_time(const char *id, bool make_due, bool complain)
-{
-    int64_t most = settings.retry > RETRY_LIMIT ? settings.retry : RETRY_LIMIT;
-    time_t now = wall_clock();
-    struct stat st;
-
-    if (lstat(spool_path("queue", id), &st) != 0)
-        return 0;
-    if (id_time(id) == 0 || !S_ISREG(st.st_mode) || st.st_uid != geteuid()) {
-        if (complain)
-            logmsg("queue/%s is no message of ours: left alone", id);
-        return 0;
-    }
-    if (make_due && st.st_mtime > now) {
-        utimensat(AT_FDCWD, spool_path("queue", id), NULL, AT_SYMLINK_NOFOLLOW);
-        return now;
-    }
-    /* Further away than any back-off: the clock was wrong, then or now. */
-    return st.st_mtime <= now || st.st_mtime > now + most ? now : st.st_mtime;
-}
-
-/* Opens a message of the queue that is due, and locks it.  -1: somebody else has
- * it, or was done with it just now. */
-static int take_due(const char *id)
-{
-    struct stat st;
-    int fd = id_time(id) != 0 ? open_message("queue", id, O_RDWR | O_APPEND) : -1;
-
-    if (fd >= 0 && lock_octets(fd, F_WRLCK, 0, 0) && fstat(fd, &st) == 0 && st.st_nlink > 0
-        && due_time(id, false, false) <= wall_clock())
-        return fd;
-    if (fd >= 0)
-        close(fd);
-    return -1;
-}
-
 /* ==== The queue manager ================================================== */
 
 /*
- * One process forwards all mail that no transaction's child forwards.  It knows some
+ * One process forwards all mail that no transaction's child forwards.  It lists some
  * thousands of due messages by id, and gives those of one lane to batches: children
  * that try them one after the other.  How many batches a lane may have is learned:
- * one at first, one more each time a batch ends well and leaves mail of its lane
- * waiting, one again when an exchanger has no room or is not reached.
+ * one at first; one more each time a batch ends well and leaves mail of its lane
+ * waiting; one again when an exchanger has no room or is not reached.
  */
 
 /* A message that is due.  It stays listed while a batch has it, so that a search of
@@ -3217,28 +3189,29 @@ static int take_due(const char *id)
 struct due {
     char id[ID_SIZE];
     uint32_t lane;
-    pid_t batch;            /* the process that has it; 0: it waits */
+    pid_t batch;            /* the batch that has it; 0: it waits */
     bool fresh;             /* it was never tried */
 };
 
 static struct due listed[LISTED_LIMIT];     /* sorted by id, and so by age */
 static size_t listed_count;
-static bool search_again;   /* the queue holds due messages that are not listed */
+static bool search_again;   /* the queue holds due messages that are not listed and should be */
 
-/* A lane with messages in the list, or that had some a moment ago. */
+/* A lane that has messages in the list, or had some a moment ago. */
 struct lane {
     uint32_t lane;
     size_t waiting, fresh;  /* messages that wait, and how many of these were never tried */
-    unsigned batches;       /* running now ... */
-    unsigned allowed;       /* ... and how many may */
-    unsigned refusals;      /* batches in a row that were not served */
-    int64_t not_before;     /* by clock_ms(): no batch begins before ... */
-    bool gap;               /* ... because the last one has just begun: unless many messages wait */
+    unsigned batches;       /* batches that are running */
+    unsigned allowed;       /* how many may be running */
+    unsigned refusals;      /* batches in a row that were not served, with no other batch running */
+    int64_t not_before;     /* by clock_ms(): no batch starts before */
+    bool gap;               /* not_before only lets more messages gather: if many wait, it does not count */
 };
 
 static struct lane lanes[LISTED_LIMIT];
 static size_t lane_count;
 
+/* A batch that is running. */
 struct batch_process {
     pid_t pid;
     uint32_t lane;
@@ -3248,7 +3221,8 @@ struct batch_process {
 static struct batch_process *batches;
 static unsigned batch_count, batch_limit;
 
-static volatile sig_atomic_t all_due;
+static int due_end;        /* the read end of the due pipe */
+static volatile sig_atomic_t all_due;   /* SIGHUP has come */
 
 static void on_wake(int number)
 {
@@ -3256,7 +3230,7 @@ static void on_wake(int number)
         all_due = 1;        /* SIGCHLD only has to interrupt pselect() */
 }
 
-/* The lane of that hash, new if it is not known yet; NULL where there is no room. */
+/* Returns the lane with this hash, a new one if it is not known yet; NULL: the table is full. */
 static struct lane *find_lane(uint32_t lane)
 {
     size_t i = 0;
@@ -3287,15 +3261,15 @@ static void forget_idle_lanes(int64_t now)
     lane_count = left;
 }
 
-/* How many messages of this lane may wait in the list: half of the list, so that messages
- * of others have room behind them; only one batch if the lane's last batch was not served,
- * since the next one may be long in coming. */
+/* Returns how many messages of this lane may wait in the list: half of the list, so that
+ * messages of other lanes have room, too; but only one batch's worth if the lane's last
+ * batch was not served, since it may be long until the next one starts. */
 static size_t list_share(const struct lane *l)
 {
     return l->refusals > 0 ? BATCH_LIMIT : LISTED_LIMIT / 2;
 }
 
-/* Where this id stands in the list, or would stand. */
+/* Returns where in the list this id is, or would be. */
 static size_t find_listed(const char *id)
 {
     size_t low = 0, high = listed_count;
@@ -3318,8 +3292,8 @@ static bool is_listed(const char *id)
     return i < listed_count && strcmp(listed[i].id, id) == 0;
 }
 
-/* Lists a message that is due, if its lane may have one more in the list.  If not, a
- * search will find it: soon, unless its lane is not served anyway. */
+/* Lists a message that is due, unless it is listed or its lane has its share of the list.
+ * In that case a later search finds the message: soon, unless the lane is not being served. */
 static void list_due(const char *id, uint32_t lane, bool fresh)
 {
     size_t i = find_listed(id);
@@ -3338,22 +3312,63 @@ static void list_due(const char *id, uint32_t lane, bool fresh)
     listed[i].batch = 0;
     listed[i].fresh = fresh;
     l->waiting++;
-    l->fresh += fresh;
+    if (fresh)
+        l->fresh++;
 }
 
 /* ---- Batches ---- */
 
+/* Returns when this file of the queue is due; with `make_due`, makes it due now.  0: it is
+ * gone, or no message of ours. */
+static time_t due_time(const char *id, bool make_due, bool complain)
+{
+    int64_t most = settings.retry > RETRY_LIMIT ? settings.retry : RETRY_LIMIT;
+    time_t now = wall_clock();
+    struct stat st;
+
+    if (lstat(spool_path("queue", id), &st) != 0)
+        return 0;
+    if (id_time(id) == 0 || !S_ISREG(st.st_mode) || st.st_uid != geteuid()) {
+        if (complain)
+            logmsg("queue/%s is no message of ours: left alone", id);
+        return 0;
+    }
+    if (make_due && st.st_mtime > now) {
+        utimensat(AT_FDCWD, spool_path("queue", id), NULL, AT_SYMLINK_NOFOLLOW);
+        return now;
+    }
+    /* If it is due later than any back-off, the clock was wrong, then or now. */
+    return st.st_mtime <= now || st.st_mtime > now + most ? now : st.st_mtime;
+}
+
+/* Opens a message of the queue that is due, and locks it.  -1: another process is trying
+ * it, or has just tried or removed it. */
+static int take_due(const char *id)
+{
+    struct stat st;
+    int fd = id_time(id) != 0 ? open_message("queue", id, O_RDWR | O_APPEND) : -1;
+
+    if (fd >= 0 && lock_octets(fd, F_WRLCK, 0, 0) && fstat(fd, &st) == 0 && st.st_nlink > 0
+        && due_time(id, false, false) <= wall_clock())
+        return fd;
+    if (fd >= 0)
+        close(fd);
+    return -1;
+}
+
 /* The exit status of a batch.  die() exits 1. */
 enum { SERVED = 0, NOT_SERVED = 2 };
 
-/* The life of a batch: it tries its messages one after the other, over one connection
- * where that is possible, and exits.  What it did not begin is still due. */
+/* Runs a batch, and never returns: tries its messages one after the other, over one
+ * connection where that is possible.  Messages that it did not begin are still due.  If a
+ * place was not reached, the rest of its mail is settled even when the time is over. */
 static void run_batch(char ids[][ID_SIZE], size_t count, bool patient, bool company, pid_t manager)
 {
     struct batch b = { .patient = patient, .company = company };
     int64_t end = clock_ms() + BATCH_TIME;
     enum reach reach = REACHED;
 
+    close(due_end);
     for (size_t i = 0; i < count && reach != NO_ROOM && getppid() == manager; i++) {
         int fd = b.dead[0] != '\0' || clock_ms() < end ? take_due(ids[i]) : -1;
 
@@ -3365,8 +3380,8 @@ static void run_batch(char ids[][ID_SIZE], size_t count, bool patient, bool comp
     _exit(reach == REACHED ? SERVED : NOT_SERVED);
 }
 
-/* How many messages the next batch of this lane takes: the waiting ones are shared out
- * among the batches that the lane may still start. */
+/* Returns how many messages the lane's next batch takes: an equal share for each batch that
+ * the lane may still start. */
 static size_t batch_size(const struct lane *l)
 {
     size_t starts = l->allowed - l->batches, share = (l->waiting + starts - 1) / starts;
@@ -3374,7 +3389,7 @@ static size_t batch_size(const struct lane *l)
     return share < BATCH_LIMIT ? share : BATCH_LIMIT;
 }
 
-/* Forks a batch for this lane.  False: there is no process for it. */
+/* Forks a batch for this lane.  False: no process can be made. */
 static bool start_batch(struct lane *l)
 {
     char ids[BATCH_LIMIT][ID_SIZE];
@@ -3395,7 +3410,8 @@ static bool start_batch(struct lane *l)
     }
     for (size_t k = 0; k < count; k++) {
         listed[chosen[k]].batch = pid;
-        l->fresh -= listed[chosen[k]].fresh;
+        if (listed[chosen[k]].fresh)
+            l->fresh--;
     }
     l->waiting -= count;
     l->batches++;
@@ -3405,7 +3421,8 @@ static bool start_batch(struct lane *l)
     return true;
 }
 
-/* Is this file of the queue due?  When it is due later, sets `next` if that is sooner. */
+/* Whether this file of the queue is due.  If it is due later, sets *next to that time unless
+ * *next is earlier. */
 static bool is_due(const char *id, bool make_due, bool complain, time_t *next)
 {
     time_t due = due_time(id, make_due, complain);
@@ -3415,8 +3432,8 @@ static bool is_due(const char *id, bool make_due, bool complain, time_t *next)
     return due != 0 && due <= wall_clock();
 }
 
-/* Takes the messages of a batch that has ended off the list, except those that are
- * still due: these wait again.  Returns how many do. */
+/* Takes the messages of a batch that has ended off the list, except those that are still
+ * due, which wait again.  Returns how many these are. */
 static size_t unlist(pid_t batch, struct lane *l)
 {
     size_t left = 0, back = 0;
@@ -3427,7 +3444,8 @@ static size_t unlist(pid_t batch, struct lane *l)
             if (!is_due(listed[i].id, false, false, &next))
                 continue;
             listed[i].batch = 0;
-            l->fresh += listed[i].fresh;
+            if (listed[i].fresh)
+                l->fresh++;
             back++;
         }
         if (left < i)
@@ -3447,7 +3465,8 @@ static void shorten_list(struct lane *l)
     for (size_t i = 0; i < listed_count; i++) {
         if (listed[i].batch == 0 && listed[i].lane == l->lane && ++waiting > list_share(l)) {
             l->waiting--;
-            l->fresh -= listed[i].fresh;
+            if (listed[i].fresh)
+                l->fresh--;
             continue;
         }
         if (left < i)
@@ -3477,7 +3496,7 @@ static void end_batch(const struct batch_process *p, bool served)
     }
     l->allowed = 1;
     if (l->batches > 0)
-        return;             /* the others take their time: that is pause enough */
+        return;             /* no batch starts before these have ended: that is pause enough */
     for (unsigned i = 0; i < l->refusals && pause < NAP_LIMIT * 1000; i++)
         pause *= 2;
     l->refusals++;
@@ -3486,6 +3505,7 @@ static void end_batch(const struct batch_process *p, bool served)
     shorten_list(l);
 }
 
+/* Takes note of all batches that have ended: one SIGCHLD may stand for many. */
 static void reap_batches(void)
 {
     int status;
@@ -3505,16 +3525,15 @@ static void reap_batches(void)
     }
 }
 
-/* When this lane may start a batch, as far as it is up to the lane.  A batch costs a
- * process and a connection: where one at a time is enough, it waits a moment for more
- * messages to be worth that. */
+/* Returns when, by clock_ms(), this lane may start its next batch.  A batch costs a process
+ * and a connection: if one at a time is enough, it waits a moment for more messages. */
 static int64_t start_time(const struct lane *l)
 {
     return l->gap && l->waiting >= BATCH_WORTH ? 0 : l->not_before;
 }
 
-/* May this lane start a batch now?  A quarter of the slots is left to lanes that have
- * mail which was never tried, and no batch yet. */
+/* Whether this lane may start a batch now.  A quarter of the slots is left to lanes that
+ * have mail which was never tried, and no batch yet. */
 static bool may_start(const struct lane *l, int64_t now)
 {
     bool first = l->fresh > 0 && l->batches == 0;
@@ -3523,8 +3542,9 @@ static bool may_start(const struct lane *l, int64_t now)
         && batch_count < (first ? batch_limit : batch_limit - batch_limit / 4);
 }
 
-/* The lane that starts the next batch: mail that was never tried goes first, and of
- * that a lane without a batch; equals take turns.  NULL: no lane may. */
+/* Returns the lane that starts the next batch: first the lanes with mail that was never
+ * tried, among these first the lanes without a batch; equals take turns.  NULL: no lane may
+ * start one. */
 static struct lane *choose_lane(int64_t now)
 {
     static size_t turn;
@@ -3545,8 +3565,8 @@ static struct lane *choose_lane(int64_t now)
     return chosen;
 }
 
-/* Starts batches while there are slots and lanes that may use them.  Returns when,
- * by clock_ms(), it is to be called again at the latest. */
+/* Starts batches while there are slots and lanes that may use them.  Returns when, by
+ * clock_ms(), this is to be called again at the latest. */
 static int64_t start_batches(void)
 {
     int64_t now = clock_ms(), again = INT64_MAX;
@@ -3564,7 +3584,7 @@ static int64_t start_batches(void)
 
 /* ---- The search ---- */
 
-/* Is another process trying this message?  Asking takes no lock. */
+/* Whether another process has a lock on the file.  This takes no lock itself. */
 static bool is_locked(int fd)
 {
     struct flock lock = { .l_type = F_WRLCK, .l_whence = SEEK_SET };
@@ -3572,8 +3592,7 @@ static bool is_locked(int fd)
     return fcntl(fd, F_GETLK, &lock) == 0 && lock.l_type != F_UNLCK;
 }
 
-/* Looks at a file of the queue that is due, and lists it if it is a message that
- * nobody is trying. */
+/* Lists a file of the queue that is due, if it is a message that no process is trying. */
 static void examine_due(const char *id, bool complain)
 {
     struct message m;
@@ -3601,7 +3620,7 @@ static time_t search_queue(bool make_due, bool complain)
 
     clear_drafts();
     search_again = false;
-    if (queue == NULL && chdir(settings.spool) != 0)    /* it was taken away: perhaps it is back */
+    if (queue == NULL && chdir(settings.spool) != 0)    /* the spool was moved away, and may be back by now */
         return next;
     while (queue != NULL && (entry = readdir(queue)) != NULL) {
         if (entry->d_name[0] == '.' || !is_due(entry->d_name, make_due, complain, &next) || is_listed(entry->d_name))
@@ -3616,11 +3635,11 @@ static time_t search_queue(bool make_due, bool complain)
     return next;
 }
 
-/* When the queue is searched: when the next file is due, and sooner if some due
- * messages are not listed and the list has room.  A long search is followed by a long
- * pause, so that a large queue does not keep a processor busy. */
 static int64_t search_at, search_not_before;    /* by clock_ms() */
 
+/* Returns when the queue is searched next: when the next file is due, and sooner if some
+ * due messages are not listed and the list has room.  A long search is followed by a long
+ * pause, so that a large queue does not keep a processor busy. */
 static int64_t next_search(void)
 {
     if (search_again && listed_count < LISTED_LIMIT / 4 && search_not_before < search_at)
@@ -3655,14 +3674,14 @@ static void search_if_due(void)
 
 /* ---- The loop ---- */
 
-/* Takes the ids that have come over the due pipe.  False: the pipe has ended, and so
- * has the server. */
-static bool read_due(int due_fd)
+/* Lists the messages whose ids have come over the due pipe.  False: the pipe has ended,
+ * because the server has. */
+static bool read_due(void)
 {
     static char lines[65536];
     static size_t size;
     char *at = lines, *end, *space;
-    ssize_t n = read(due_fd, lines + size, sizeof lines - size);
+    ssize_t n = read(due_end, lines + size, sizeof lines - size);
 
     if (n <= 0)
         return n < 0;
@@ -3682,10 +3701,10 @@ static bool read_due(int due_fd)
     return true;
 }
 
-/* Waits until an id comes over the due pipe, if the list has room for it, until a
- * signal comes, or until clock_ms() reaches `until`.  Signals are delivered only here.
- * Returns whether the pipe can be read. */
-static bool wait_for_due(int due_fd, int64_t until, const sigset_t *open)
+/* Waits until an id comes over the due pipe (if the list has room for it), until a signal
+ * comes, or until clock_ms() reaches `until`.  Signals are delivered only here.  Returns
+ * whether the pipe can be read. */
+static bool wait_for_due(int64_t until, const sigset_t *open)
 {
     int64_t left = until - clock_ms();
     struct timespec timeout = { 0, 0 };
@@ -3698,8 +3717,14 @@ static bool wait_for_due(int due_fd, int64_t until, const sigset_t *open)
     }
     FD_ZERO(&readable);
     if (listed_count < LISTED_LIMIT)
-        watch_fd(due_fd, &readable, &top);
+        watch_fd(due_end, &readable, &top);
     return pselect(top + 1, &readable, NULL, NULL, &timeout, open) > 0;
+}
+
+long fresh_slots(void)
+{
+    /* With fewer than four slots, one silent exchanger could hold all that the queue has. */
+    return settings.forwarders < 4 ? 0 : settings.forwarders / 2;
 }
 
 void manage_queue(int due_fd, pid_t server)
@@ -3707,6 +3732,7 @@ void manage_queue(int due_fd, pid_t server)
     struct sigaction action = { .sa_handler = on_wake };
     sigset_t open;
 
+    due_end = due_fd;
     batch_limit = (unsigned)(settings.forwarders - fresh_slots());
     batches = allocate_array(batch_limit, sizeof *batches);
     sigemptyset(&action.sa_mask);
@@ -3723,7 +3749,7 @@ void manage_queue(int due_fd, pid_t server)
         until = start_batches();
         if (next_search() < until)
             until = next_search();
-        if (wait_for_due(due_fd, until, &open) && !read_due(due_fd))
+        if (wait_for_due(until, &open) && !read_due())
             break;
     }
     _exit(0);
@@ -3736,7 +3762,7 @@ static int compare_ids(const void *a, const void *b)
     return strcmp(a, b);
 }
 
-/* 90061 becomes 1d01h01m. */
+/* Writes a duration as text: 90061 seconds are 1d01h01m. */
 static const char *duration(char text[32], int64_t seconds)
 {
     if (seconds < 3600)
@@ -3748,7 +3774,7 @@ static const char *duration(char text[32], int64_t seconds)
     return text;
 }
 
-/* Does the text have the word in it, in any case? */
+/* Whether the text has the word in it, in any case. */
 static bool has_word(const char *text, const char *word)
 {
     size_t length = strlen(word);
@@ -3759,8 +3785,8 @@ static bool has_word(const char *text, const char *word)
     return false;
 }
 
-/* Is the message to be listed?  Only what the list shows of it counts, and so no
- * recipient to whom it is not owed any more. */
+/* Whether the list shows this message.  Words are looked for only in what the list shows,
+ * and so not in recipients that the message is not owed to any more. */
 static bool is_wanted(const struct message *m, char **words)
 {
     bool wanted = *words == NULL;
@@ -3795,7 +3821,7 @@ static void print_message(const struct message *m, const struct stat *st)
                 m->recipients[i].said != NULL ? m->recipients[i].said : "not tried yet");
 }
 
-/* What the list has shown. */
+/* The sums of what the list has shown. */
 struct sums {
     unsigned long messages, recipients;
     long long octets;

@@ -326,7 +326,8 @@ static void extend_deadline(struct session *s)
         s->deadline = s->limit;
 }
 
-/* Sets the limits of a client that is new or has completed a transaction. */
+/* Resets the error count and the time limit of a client that is new or has completed a
+ * transaction. */
 static void renew(struct session *s)
 {
     s->errors = 0;
@@ -379,8 +380,8 @@ static void flush(struct session *s)
         shutdown(s->fd, SHUT_WR);
 }
 
-/* Sends a reply to the client; all replies go through this function.  `format` is the
- * reply to the letter, without its last line end. */
+/* Sends a reply to the client; all replies of sessions go through this function.  `format`
+ * is the reply to the letter, without its last line end. */
 static void reply(struct session *s, const char *format, ...)
 {
     char text[1024];
@@ -460,6 +461,7 @@ static void leave_server(void)
 {
     close_listeners();
     close_fd(&due_pipe[0]);
+    close_fd(&spool_lock);
 }
 
 /* Closes all that a child has inherited of sessions, except the draft of `own`
@@ -594,6 +596,7 @@ static void start_queue_manager(void)
     if (spawn((struct child){ .role = QUEUE_MANAGER }) == 0) {
         close_clients(NULL);
         close_listeners();
+        close(spool_lock);
         close(due_pipe[1]);     /* or it would never read the pipe's end after the server's */
         default_signals();
         manage_queue(due_pipe[0], server);
@@ -1293,7 +1296,11 @@ static void inspect(struct transaction *tx, const char *text, const struct line 
 {
     bool first = !tx->in_line;
 
-    tx->size += line->length - (first && text[0] == '.' && line->length > 0) + (line->used > 0 ? 2 : 0);
+    tx->size += line->length;
+    if (line->used > 0)
+        tx->size += 2;
+    if (first && line->length > 0 && text[0] == '.')
+        tx->size--;             /* RFC 1870 5: the dot was added for the transfer */
     if (settings.max_size > 0 && tx->size > settings.max_size)
         refuse(tx, TOO_BIG);
     if (line->bare)

@@ -196,11 +196,6 @@ void check_resolv_conf(void);
 
 /* ---- forward.c: what runs in a child ------------------------------------ */
 
-/* Seconds that a try may take.  Then each step ends at once, and recipients that are
- * still owed the message wait for the next try.  An alarm kills a forwarder that runs
- * for twice as long. */
-long try_limit(void);
-
 /* How many of the -j slots are for fresh mail, forwarded at once by the child that has
  * stored it.  The others are for the queue manager's batches. */
 long fresh_slots(void);
