@@ -3617,6 +3617,7 @@ static time_t search_queue(bool make_due, bool complain)
     time_t next = wall_clock() + NAP_LIMIT;
     DIR *queue = opendir("queue");
     struct dirent *entry;
+    size_t seen = 0;
 
     clear_drafts();
     search_again = false;
@@ -3629,6 +3630,8 @@ static time_t search_queue(bool make_due, bool complain)
             examine_due(entry->d_name, complain);
         else
             search_again = true;
+        if (++seen % BATCH_LIMIT == 0)      /* a long search keeps no batch waiting */
+            start_batches();
     }
     if (queue != NULL)
         closedir(queue);
@@ -3658,8 +3661,10 @@ static void search_if_due(void)
         return;
     all_due = 0;
     check_resolv_conf();
-    for (size_t i = 0; make_due && i < lane_count; i++)
+    for (size_t i = 0; make_due && i < lane_count; i++) {   /* an exchanger that was down may be up again */
         lanes[i].not_before = 0;
+        lanes[i].refusals = 0;
+    }
     next = search_queue(make_due, !searched);
     searched = true;
     now = clock_ms();
