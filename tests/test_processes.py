@@ -299,6 +299,94 @@ def test_a_burst_for_an_exchanger_that_takes_few_connections(world, relay, tmp_p
     assert sorted(message.recipients[0] for message in exchanger.messages) == sorted(f"<b{n}@example.net>" for n in range(60))
 
 
+def letters_for_two(server, count):
+    """Sends messages of which each is for example.net and for example.org."""
+    with server.client() as client:
+        for number in range(count):
+            to = [f"b{number}@example.net", f"c{number}@example.org"]
+            assert client.deliver("", to, LETTER).startswith(QUEUED)
+
+
+@pytest.fixture
+def pair(world, exchangers):
+    """Exchangers at one port: of example.net, and of example.org."""
+    world.exchanger.stop()
+    net, org = exchangers(2)
+    world.dns.mail("example.net", (10, net))
+    world.dns.mail("example.org", (10, org))
+    return net, org
+
+
+def test_a_burst_of_messages_for_two_domains_that_take_few_connections(pair, relay, tmp_path):
+    """Each domain's child meets that; no message has to back off, and no domain gets one twice."""
+    for exchanger in pair:
+        exchanger.set(connection_limit=3, replies={".": lambda connection: time.sleep(0.05)})
+    server = relay(mx_port=pair[0].port, spool=tmp_path / "other")
+    letters_for_two(server, 30)
+    wait_for(lambda: not server.queue(), 60)
+    assert any(exchanger.refused for exchanger in pair)
+    assert not server.logged("status=(later|failed)")
+    for letter, exchanger in zip("bc", pair):
+        assert sorted(message.recipients[0].partition("@")[0] for message in exchanger.messages) \
+            == sorted(f"<{letter}{number}" for number in range(30))
+
+
+def test_want_of_room_at_one_domain_slows_down_no_other(pair, relay, tmp_path):
+    """A message that waits for room at one domain belongs to that lane, once the other has it."""
+    net, org = pair
+    org.set(replies={"CONNECT": ["421 4.7.0 too busy"] * 4})    # two in the batch of one lane, two of the other lane
+    server = relay("-j", 1, mx_port=net.port, spool=tmp_path / "other")
+    manager = manager_of(server)
+    os.kill(manager, signal.SIGSTOP)
+    letters_for_two(server, 2)
+    accepted(server, 20)
+    os.kill(manager, signal.SIGCONT)
+    net.wait_for_messages(22)
+    wait_for(lambda: not server.queue())
+    assert len(org.connections) > 4 and len(org.messages) == 2 and len(net.messages) == 22
+    assert not server.logged("status=(later|failed)")
+
+
+def test_no_room_beside_a_domain_that_is_not_reached(pair, relay, tmp_path):
+    """The dead domain is not tried again at once because the other is busy: the message backs off, with its words."""
+    busy, dead = pair
+    busy.set(replies={"CONNECT": "421 4.7.0 too busy"})
+    dead.stop()
+    server = relay(mx_port=busy.port, spool=tmp_path / "other")
+    letters_for_two(server, 1)
+    outcome, = server.outcomes("b0@example.net")
+    assert outcome.status == "later" and "421 4.7.0 too busy" in outcome.words
+    assert len(server.outcomes("c0@example.org")) == len(busy.connections) == 1
+
+
+def test_a_dead_domain_of_several_costs_one_try_for_all_of_a_batch(pair, relay, tmp_path):
+    """The first message waits for it; the others go to their live domain without that."""
+    live, dead = pair
+    dead.set(stall_at="CONNECT")
+    server = relay("-j", 1, "-w", 2, mx_port=live.port, spool=tmp_path / "other")
+    manager = manager_of(server)
+    os.kill(manager, signal.SIGSTOP)
+    letters_for_two(server, 20)
+    os.kill(manager, signal.SIGCONT)
+    live.wait_for_messages(20)
+    wait_for(lambda: len(server.logged("to=<c.* status=later .*no answer in time")) == 20)
+    assert len(dead.connections) <= 3
+
+
+def test_reports_for_an_exchanger_that_takes_few_connections(pair, relay, tmp_path):
+    """A report that finds no room has no batch yet; it does not back off, either."""
+    net, org = pair
+    net.set(replies={"RCPT": "550 5.1.1 no such user"})
+    org.set(connection_limit=1, replies={".": lambda connection: time.sleep(0.1)})
+    server = relay("-r", 2, mx_port=net.port, spool=tmp_path / "other")      # the queue is searched as often
+    with server.client() as client:
+        for number in range(20):
+            assert client.deliver("c@example.org", [f"b{number}@example.net"], LETTER).startswith(QUEUED)
+    org.wait_for_messages(20, timeout=60)
+    wait_for(lambda: not server.queue())
+    assert org.refused and not server.logged("status=later")
+
+
 @pytest.mark.parametrize("say", ["421 4.7.0 too busy", "450 4.3.2 later"])
 def test_an_exchanger_that_never_has_room(world, server, say):
     """After a few tries its mail has to back off, with its words."""
