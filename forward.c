@@ -3043,7 +3043,8 @@ static enum reach judge_parties(struct batch *b, const struct message *m, const 
     return no_room && !others && may_give_back(m) ? NO_ROOM : REACHED;
 }
 
-/* Tries several domains, some side by side, so that a dead one delays no other. */
+/* Tries several domains, up to DOMAINS_AT_ONCE side by side, so that a dead one delays no
+ * other. */
 static enum reach deliver_parties(struct batch *b, struct message *m, struct party *parties, size_t count)
 {
     struct draft unrecorded;
