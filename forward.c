@@ -2675,16 +2675,19 @@ static bool all_refuse(const struct route *route)
     return any && route->whole;
 }
 
-/* Returns what came of the try; `reached`: an exchanger has greeted us. */
-static enum reach judge_try(const struct batch *b, const struct route *route, struct recipient **to, size_t count,
-    bool reached)
+/* What a try came to.  If an exchanger answered and others have no room, the answer
+ * counts. */
+static enum reach judge_try(const struct batch *b, const struct route *route, struct recipient **to, size_t count)
 {
     if (!any_owed(to, count))
         return REACHED;
     for (const struct exchange *x = route->x; x < route->x + route->count; x++)
+        if (x->greeted != 0 && x->refusal != BUSY)
+            return REACHED;
+    for (const struct exchange *x = route->x; x < route->x + route->count; x++)
         if (x->refusal == BUSY || (x->refusal == NO_LISTENER && b->company))
             return NO_ROOM;
-    return reached ? REACHED : UNREACHED;
+    return UNREACHED;
 }
 
 /* Tries the exchangers of a route, the most preferred first, until no recipient is owed the
@@ -2692,7 +2695,6 @@ static enum reach judge_try(const struct batch *b, const struct route *route, st
 static enum reach try_exchangers(struct batch *b, struct route *route, struct message *m, struct recipient **to,
     size_t count)
 {
-    bool reached = false;
     size_t i = 0;
 
     while (i < route->count && any_owed(to, count)) {
@@ -2700,7 +2702,6 @@ static enum reach try_exchangers(struct batch *b, struct route *route, struct me
         struct exchange *x = route->open != NULL ? route->open : race(route, preference);
 
         if (x != NULL) {
-            reached = true;
             talk(b, x, m, to, count);
             route->open = x->fd >= 0 ? x : NULL;
             continue;
@@ -2709,7 +2710,7 @@ static enum reach try_exchangers(struct batch *b, struct route *route, struct me
             i++;
     }
     blame(route, all_refuse(route) ? FAILED : LATER, to, count);
-    return judge_try(b, route, to, count, reached);
+    return judge_try(b, route, to, count);
 }
 
 /* Tries to deliver the message to these recipients, which share a domain. */
@@ -3607,9 +3608,9 @@ static bool may_start(const struct lane *l, int64_t now)
         && batch_count < (first ? batch_limit : batch_limit - batch_limit / 4);
 }
 
-/* Returns the lane that starts the next batch: first the lanes with mail that was never
- * tried, among these first the lanes without a batch; equals take turns.  NULL: no lane may
- * start one. */
+/* Returns the lane that starts the next batch: first the lanes without a batch, among
+ * these first the lanes with mail that was never tried; equals take turns.  NULL: no lane
+ * may start one. */
 static struct lane *choose_lane(int64_t now)
 {
     static size_t turn;
@@ -3618,7 +3619,7 @@ static struct lane *choose_lane(int64_t now)
 
     for (size_t k = 0; k < lane_count; k++) {
         struct lane *l = &lanes[(turn + k) % lane_count];
-        int rank = (l->fresh > 0 ? 2 : 0) + (l->batches == 0 ? 1 : 0);
+        int rank = (l->batches == 0 ? 2 : 0) + (l->fresh > 0 ? 1 : 0);
 
         if (rank > best && may_start(l, now)) {
             best = rank;
@@ -3774,7 +3775,7 @@ static bool read_due(void)
 /* Waits until an id comes over the due pipe (if the list has room for it), until a signal
  * comes, or until clock_ms() reaches `until`.  Signals are delivered only here.  Returns
  * whether the pipe can be read. */
-static bool wait_for_due(int64_t until, const sigset_t *open)
+static bool wait_for_due(int64_t until, const sigset_t *wait_mask)
 {
     int64_t left = until - clock_ms();
     struct timespec timeout = { 0, 0 };
@@ -3788,7 +3789,7 @@ static bool wait_for_due(int64_t until, const sigset_t *open)
     FD_ZERO(&readable);
     if (listed_count < LISTED_LIMIT)
         watch_fd(due_end, &readable, &top);
-    return pselect(top + 1, &readable, NULL, NULL, &timeout, open) > 0;
+    return pselect(top + 1, &readable, NULL, NULL, &timeout, wait_mask) > 0;
 }
 
 long fresh_slots(void)
@@ -3800,7 +3801,7 @@ long fresh_slots(void)
 void manage_queue(int due_fd, pid_t server)
 {
     struct sigaction action = { .sa_handler = on_wake };
-    sigset_t open;
+    sigset_t wait_mask;
 
     due_end = due_fd;
     batch_limit = (unsigned)(settings.forwarders - fresh_slots());
@@ -3808,9 +3809,9 @@ void manage_queue(int due_fd, pid_t server)
     sigemptyset(&action.sa_mask);
     sigaction(SIGHUP, &action, NULL);
     sigaction(SIGCHLD, &action, NULL);
-    sigprocmask(SIG_SETMASK, NULL, &open);
-    sigdelset(&open, SIGHUP);
-    sigdelset(&open, SIGCHLD);
+    sigprocmask(SIG_SETMASK, NULL, &wait_mask);
+    sigdelset(&wait_mask, SIGHUP);
+    sigdelset(&wait_mask, SIGCHLD);
     while (getppid() == server) {
         int64_t until;
 
@@ -3819,7 +3820,7 @@ void manage_queue(int due_fd, pid_t server)
         until = start_batches();
         if (next_search() < until)
             until = next_search();
-        if (wait_for_due(until, &open) && !read_due())
+        if (wait_for_due(until, &wait_mask) && !read_due())
             break;
     }
     _exit(0);

@@ -1487,7 +1487,7 @@ static void fill(struct events *e)
 /* Waits for the first event.  Signals are blocked except in here.  A signal that came
  * between the test of its flag and a plain select() would be noticed only at the next
  * event (a lost wake-up); pselect() unblocks signals and waits in one step. */
-static void wait_for_events(struct events *e, const sigset_t *open)
+static void wait_for_events(struct events *e, const sigset_t *wait_mask)
 {
     static int64_t next_look;
     struct timespec timeout = { 0, 0 };
@@ -1497,14 +1497,14 @@ static void wait_for_events(struct events *e, const sigset_t *open)
         timeout.tv_sec = (time_t)(left / 1000);
         timeout.tv_nsec = (long)(left % 1000) * 1000000;
     }
-    if (pselect(e->top + 1, &e->readable, &e->writable, NULL, e->until == INT64_MAX ? NULL : &timeout, open) < 0) {
+    if (pselect(e->top + 1, &e->readable, &e->writable, NULL, e->until == INT64_MAX ? NULL : &timeout, wait_mask) < 0) {
         FD_ZERO(&e->readable);          /* a signal: the sets mean nothing now */
         FD_ZERO(&e->writable);
     } else if (now >= next_look) {      /* Linux's pselect() delivers no signal if a descriptor is ready at once */
         sigset_t blocked;
 
         next_look = now + SIGNAL_WAIT;
-        sigprocmask(SIG_SETMASK, open, &blocked);
+        sigprocmask(SIG_SETMASK, wait_mask, &blocked);
         sigprocmask(SIG_SETMASK, &blocked, NULL);
     }
 }
@@ -1814,26 +1814,26 @@ static sigset_t catch_signals(void)
 {
     static const int caught[] = { SIGTERM, SIGINT, SIGHUP, SIGCHLD };
     struct sigaction action;
-    sigset_t blocked, open;
+    sigset_t blocked, wait_mask;
 
     memset(&action, 0, sizeof action);
     action.sa_handler = on_signal;
     sigemptyset(&blocked);
-    sigprocmask(SIG_SETMASK, NULL, &open);
+    sigprocmask(SIG_SETMASK, NULL, &wait_mask);
     for (size_t i = 0; i < sizeof caught / sizeof caught[0]; i++) {
         sigaddset(&blocked, caught[i]);
-        sigdelset(&open, caught[i]);
+        sigdelset(&wait_mask, caught[i]);
     }
     sigprocmask(SIG_BLOCK, &blocked, NULL);
     for (size_t i = 0; i < sizeof caught / sizeof caught[0]; i++)
         sigaction(caught[i], &action, NULL);
     signal(SIGPIPE, SIG_IGN);       /* write() fails instead when a client has hung up ... */
     signal(SIGXFSZ, SIG_IGN);       /* ... and when a file may not grow */
-    return open;
+    return wait_mask;
 }
 
 /* The loop, which never returns.  `open` is the mask under which signals are delivered. */
-static void run(const sigset_t *open)
+static void run(const sigset_t *wait_mask)
 {
     struct events events;
 
@@ -1849,7 +1849,7 @@ static void run(const sigset_t *open)
         if (!divided && !got_term)
             keep_queue_manager();
         fill(&events);
-        wait_for_events(&events, open);
+        wait_for_events(&events, wait_mask);
         serve(&events);
     }
 }
@@ -2398,7 +2398,7 @@ int main(int argc, char **argv)
     bool root = geteuid() == 0 || getuid() == 0;
     const struct passwd *user = NULL;
     enum task task;
-    sigset_t open;
+    sigset_t wait_mask;
 
     settle_descriptors();
     umask(077);
@@ -2426,12 +2426,12 @@ int main(int argc, char **argv)
     spool_enter(root ? user->pw_uid : geteuid(), root ? user->pw_gid : getegid());
     if (root)
         drop_root(user);
-    open = catch_signals();
+    wait_mask = catch_signals();
     spool_lock = spool_take();
     size_table();
     open_pipe(due_pipe);
     warn_if_open();
     log_listening();
-    run(&open);
+    run(&wait_mask);
     return 0;
 }

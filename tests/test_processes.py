@@ -504,6 +504,26 @@ def test_fresh_mail_beside_two_dead_places_with_long_queues(world, relay, tmp_pa
     assert server.queue()
 
 
+def test_a_retry_beside_two_slow_places_with_long_queues(world, exchangers, relay, tmp_path):
+    """A lane without a batch comes before one that has some, even if its mail was tried before."""
+    world.exchanger.stop()
+    live, slow = exchangers(2)
+    world.dns.mail("live.example.org", (10, live))
+    for number in range(2):
+        world.dns.mail(f"slow{number}.example.org", (10, slow))
+    slow.set(replies={".": lambda connection: time.sleep(1)})
+    live.stop()
+    server = relay("-r", 6, mx_port=live.port, spool=tmp_path / "other")
+    server.send("b@live.example.org", sender="")
+    server.outcomes("b@live.example.org")
+    live.start()
+    with server.client() as client:
+        for number in range(800):
+            assert client.deliver("", [f"b@slow{number % 2}.example.org"], LETTER).startswith(QUEUED)
+    live.wait_for_messages(1, timeout=60)
+    assert len(slow.messages) < 500
+
+
 # ---- Deaths ------------------------------------------------------------------------------------------
 
 
