@@ -408,7 +408,9 @@ static void step(struct session *s)
     struct events e = { .top = -1, .until = INT64_MAX };
     bool storing;
 
-    start_transactions();
+    do                      /* where no child can be had, the loop rests and then goes on with what was sent behind */
+        start_transactions();
+    while (s->phase == COMPLETE);
     storing = s->phase == STORING;
     FD_ZERO(&e.readable);
     FD_ZERO(&e.writable);
