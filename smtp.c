@@ -1832,7 +1832,8 @@ static sigset_t catch_signals(void)
     return wait_mask;
 }
 
-/* The loop, which never returns.  `open` is the mask under which signals are delivered. */
+/* The loop.  Returns when there is nothing left to do: after SIGTERM, or in a divided
+ * process when its last client is gone.  Signals are delivered under `wait_mask`. */
 static void run(const sigset_t *wait_mask)
 {
     struct events events;
@@ -1844,7 +1845,7 @@ static void run(const sigset_t *wait_mask)
         if (session_count == 0 && (divided || (got_term && find_child(DIVIDED) < 0))) {
             if (!divided)
                 spool_release(spool_lock);
-            _exit(0);
+            return;
         }
         if (!divided && !got_term)
             keep_queue_manager();
