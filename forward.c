@@ -2528,21 +2528,20 @@ struct batch {
     bool more;              /* another message follows: an open connection is worth keeping */
     bool patient;           /* if an exchanger has no room, the message is given back and nothing recorded */
     bool company;           /* other processes have connections in this lane: a refused connect() means no room, too */
-    uint32_t lane;          /* the lane it works for ... */
-    bool moved;             /* ... and whether a message was given back that belongs to another one now, ... */
-    uint32_t to;            /* ... to this */
     struct route *route;    /* the last message's route, if its connection is kept open; else NULL */
     char dead[PATH_LIMIT];  /* the domain whose exchangers were not reached; "*": the smarthost; "": none ... */
     char relay[LABEL_SIZE], words[REPLY_SIZE];    /* ... and what the records say of that */
 };
 
-/* What came of trying a domain.  Also the exit status of the child that tried it; die()
- * exits 1. */
+/* What came of trying a domain. */
 enum reach {
-    REACHED = 0,    /* an exchanger has greeted us, or no recipient is owed the message any more */
-    NO_ROOM = 2,    /* an exchanger accepts no further connection just now */
-    UNREACHED = 3   /* no exchanger has greeted us, or there is no route to one just now */
+    REACHED,        /* an exchanger has greeted us, or no recipient is owed the message any more */
+    NO_ROOM,        /* an exchanger accepts no further connection just now, and no recipient has a final outcome */
+    UNREACHED       /* no exchanger has greeted us, or there is no route to one just now */
 };
+
+/* The exit status of a batch, or of the child that tried one domain of several.  die() exits 1. */
+enum { SERVED = 0, NOT_SERVED = 2 };
 
 /* Ends the kept connection, if there is one, and frees its route. */
 static void drop_kept(struct batch *b)
@@ -2676,16 +2675,17 @@ static bool all_refuse(const struct route *route)
 }
 
 /* What a try came to.  If an exchanger answered and others have no room, the answer
- * counts. */
+ * counts.  In a batch that is not patient, want of room is no better than silence. */
 static enum reach judge_try(const struct batch *b, const struct route *route, struct recipient **to, size_t count)
 {
-    if (!any_owed(to, count))
-        return REACHED;
+    for (size_t i = 0; i < count; i++)
+        if (to[i]->outcome != LATER)
+            return REACHED;
     for (const struct exchange *x = route->x; x < route->x + route->count; x++)
         if (x->greeted != 0 && x->refusal != BUSY)
             return REACHED;
     for (const struct exchange *x = route->x; x < route->x + route->count; x++)
-        if (x->refusal == BUSY || (x->refusal == NO_LISTENER && b->company))
+        if (b->patient && (x->refusal == BUSY || (x->refusal == NO_LISTENER && b->company)))
             return NO_ROOM;
     return UNREACHED;
 }
@@ -2738,7 +2738,7 @@ static enum reach deliver(struct batch *b, struct message *m, struct recipient *
         settle_all(to, count, route->outcome, "-", route->words);
         reach = route->outcome == FAILED ? REACHED : UNREACHED;
     }
-    if (reach == UNREACHED || (reach == NO_ROOM && !b->patient))
+    if (reach == UNREACHED)
         note_dead(b, domain, to[0]->said);
     keep_route(b, route);
     return reach;
@@ -2890,8 +2890,8 @@ static bool report_failures(const struct message *m, struct draft *report)
 struct party {
     struct recipient **to;
     size_t count;
-    pid_t child;            /* that tries this domain, where there are several ... */
-    enum reach reach;       /* ... and how far it came */
+    pid_t child;            /* that tries this domain, if there are several ... */
+    bool dead;              /* ... and whether it reached no exchanger */
 };
 
 /* Whether both recipients' mail goes to the same exchangers.  With a smarthost all does. */
@@ -2936,36 +2936,37 @@ static long try_limit(void)
     return settings.wait > 0 && settings.wait < TRY_LIMIT / TRY_STEPS ? TRY_STEPS * settings.wait : TRY_LIMIT;
 }
 
-/* Whether the message may be given back with nothing recorded: only if this try has brought
- * no final outcome. */
-static bool may_give_back(const struct message *m)
+static void log_no_room(const struct message *m, const char *said)
 {
-    for (size_t i = 0; i < m->count; i++)
-        if (m->recipients[i].unrecorded && m->recipients[i].outcome != LATER)
-            return false;
-    return !m->gone;
+    logmsg("%s finds no room for another connection (%s): tried again soon", m->id, said);
 }
 
-/* Tries one domain.  NO_ROOM: the message is to be tried again soon, and this try is not
- * to be recorded. */
-static enum reach deliver_party(struct batch *b, struct message *m, const struct party *p)
+/* Tries a domain; as long as there is no room for another connection, once a second, but
+ * not for longer than a connection may take. */
+static enum reach deliver_when_room(struct batch *b, struct message *m, const struct party *p)
 {
+    struct timespec second = { 1, 0 };
+    int64_t end = step_deadline(CONNECT);
     enum reach reach = deliver(b, m, p->to, p->count);
 
-    if (reach == NO_ROOM && !(b->patient && may_give_back(m)))
-        reach = b->patient ? REACHED : UNREACHED;
-    if (reach != NO_ROOM)
-        expire(m, p->to, p->count);
+    if (reach == NO_ROOM)
+        log_no_room(m, p->to[0]->said);
+    while (reach == NO_ROOM && clock_ms() < end) {
+        nanosleep(&second, NULL);
+        for (size_t i = 0; i < p->count; i++)
+            p->to[i]->unrecorded = false;       /* only the last try is recorded */
+        reach = deliver(b, m, p->to, p->count);
+    }
     return reach;
 }
 
 /* Runs the child for one domain, and never returns.  The child locks the octet of its
  * number, and its parent keeps octet 0: if the parent is killed, no process tries the
  * message again before this child has ended, too.  The child records what was sent or is
- * for later.  It passes failures on by `unrecorded`, and the parent reports them before it
- * records them; so it does with what found no room, which may not have to be recorded. */
+ * for later.  It passes failures on by `failures`, and the parent reports them before it
+ * records them. */
 static void try_party(struct batch *b, struct message *m, const struct party *p, off_t number, pid_t parent,
-    struct draft *unrecorded)
+    struct draft *failures)
 {
     enum reach reach;
     size_t size;
@@ -2973,26 +2974,27 @@ static void try_party(struct batch *b, struct message *m, const struct party *p,
 
     alarm((unsigned)(2 * try_limit()));
     if (!lock_octets(m->fd, F_WRLCK, number, 1) || getppid() != parent)
-        _exit(REACHED);
+        _exit(SERVED);
     m->part = true;
-    b->company = b->company && lane_of(domain_of(p->to[0]->address)) == b->lane;
-    reach = deliver_party(b, m, p);
-    if (reach != NO_ROOM && write_outcomes(m, LATER) != RECORDED)
+    b->company = b->company && number == 1;     /* the first domain is the one of the batch's lane */
+    reach = deliver_when_room(b, m, p);
+    expire(m, p->to, p->count);
+    if (write_outcomes(m, LATER) != RECORDED)
         log_unrecorded(m);
-    text = outcome_lines(m, reach == NO_ROOM ? LATER : FAILED, "", &size);
-    draft_add(unrecorded, text, size);
+    text = outcome_lines(m, FAILED, "", &size);
+    draft_add(failures, text, size);
     free(text);
-    _exit((int)reach);
+    _exit(reach == REACHED ? SERVED : NOT_SERVED);
 }
 
 /* Forks the child for one domain.  False: no process can be made. */
-static bool start_party(struct batch *b, struct message *m, struct party *p, off_t number, struct draft *unrecorded)
+static bool start_party(struct batch *b, struct message *m, struct party *p, off_t number, struct draft *failures)
 {
     pid_t parent = getpid();
 
     p->child = fork();
     if (p->child == 0)
-        try_party(b, m, p, number, parent, unrecorded);
+        try_party(b, m, p, number, parent, failures);
     return p->child > 0;
 }
 
@@ -3002,15 +3004,17 @@ static void end_party(struct party *parties, size_t count, pid_t child, int stat
     if (WIFSIGNALED(status))
         logmsg("process %ld died of signal %d", (long)child, WTERMSIG(status));
     for (size_t i = 0; i < count; i++)
-        if (parties[i].child == child && WIFEXITED(status)
-            && (WEXITSTATUS(status) == NO_ROOM || WEXITSTATUS(status) == UNREACHED))
-            parties[i].reach = (enum reach)WEXITSTATUS(status);
+        if (parties[i].child == child)
+            parties[i].dead = WIFEXITED(status) && WEXITSTATUS(status) == NOT_SERVED;
 }
 
-/* What the children have recorded, and what they leave to be reported or recorded. */
-static void read_results(struct message *m, const struct draft *unrecorded)
+/* Reads what the children have recorded, and the failures that they have passed on.  A
+ * domain that was not reached is noted, so that the next message of the batch does not
+ * wait for it. */
+static void read_results(struct batch *b, struct message *m, const struct draft *failures, const struct party *parties,
+    size_t count)
 {
-    struct reader r = { .fd = unrecorded->fd };
+    struct reader r = { .fd = failures->fd };
     char *line;
 
     read_outcomes(m);
@@ -3020,46 +3024,30 @@ static void read_results(struct message *m, const struct draft *unrecorded)
         apply_outcome(m, line);
     for (size_t i = 0; i < m->count; i++)
         m->recipients[i].unrecorded = m->recipients[i].unrecorded && m->recipients[i].outcome == FAILED;
-}
+    for (size_t i = 0; i < count; i++) {
+        const struct recipient *first = parties[i].to[0];
 
-/* What the try of all parties came to.  A domain that was not reached is noted, so that
- * the next message of the batch does not wait for it.  NO_ROOM: the message is tried
- * again soon, because it is owed only to recipients whose exchangers have no room. */
-static enum reach judge_parties(struct batch *b, const struct message *m, const struct party *parties, size_t count)
-{
-    bool no_room = false, others = false;
-
-    for (const struct party *p = parties; p < parties + count; p++)
-        for (size_t i = 0; i < p->count; i++) {
-            struct recipient *r = p->to[i];
-
-            if (r->outcome != LATER)
-                continue;
-            no_room = no_room || p->reach == NO_ROOM;
-            others = others || p->reach != NO_ROOM;
-            r->unrecorded = p->reach == NO_ROOM && r->said != NULL;
-            if (p->reach == UNREACHED && r->said != NULL)
-                note_dead(b, domain_of(r->address), r->said);
-        }
-    return no_room && !others && may_give_back(m) ? NO_ROOM : REACHED;
+        if (parties[i].dead && first->outcome == LATER && first->said != NULL)
+            note_dead(b, domain_of(first->address), first->said);
+    }
 }
 
 /* Tries several domains, up to DOMAINS_AT_ONCE side by side, so that a dead one delays no
  * other. */
-static enum reach deliver_parties(struct batch *b, struct message *m, struct party *parties, size_t count)
+static void deliver_parties(struct batch *b, struct message *m, struct party *parties, size_t count)
 {
-    struct draft unrecorded;
+    struct draft failures;
     size_t begun = 0, running = 0;
     int status;
     pid_t pid;
 
     drop_kept(b);           /* two processes must not use one connection */
-    if (!draft_open(&unrecorded, 0))
-        return REACHED;
+    if (!draft_open(&failures, 0))
+        return;
     lock_octets(m->fd, F_UNLCK, 1, 0);      /* all but octet 0, so that each child can lock its own */
     while (begun < count || running > 0) {
         if (begun < count && running < DOMAINS_AT_ONCE
-            && start_party(b, m, &parties[begun], (off_t)begun + 1, &unrecorded)) {
+            && start_party(b, m, &parties[begun], (off_t)begun + 1, &failures)) {
             begun++;
             running++;
         } else if (running == 0) {
@@ -3071,9 +3059,8 @@ static enum reach deliver_parties(struct batch *b, struct message *m, struct par
             running--;
         }
     }
-    read_results(m, &unrecorded);
-    draft_drop(&unrecorded);
-    return judge_parties(b, m, parties, count);
+    read_results(b, m, &failures, parties, begun);
+    draft_drop(&failures);
 }
 
 /* Removes a report again.  This process still has it locked, so no other can have sent it. */
@@ -3126,22 +3113,12 @@ static void conclude(struct message *m, struct draft *report)
         remove_message(m);
 }
 
-/* Leaves the message in the queue, due now.  Returns what that means for the batch's
- * lane: nothing, if the message is owed only to another one now. */
-static enum reach give_back(struct batch *b, struct message *m)
+/* Leaves the message in the queue, due now, because of what the exchanger `said`. */
+static void give_back(struct message *m, const char *said)
 {
-    size_t i = 0;
-
-    while (i + 1 < m->count && !is_new(&m->recipients[i], LATER))
-        i++;
-    logmsg("%s finds no room for another connection (%s): tried again soon", m->id, m->recipients[i].said);
+    log_no_room(m, said);
     m->due = wall_clock();
     set_due(m);
-    b->to = lane_of_message(m);
-    if (b->to == b->lane)
-        return NO_ROOM;
-    b->moved = true;
-    return REACHED;
 }
 
 /* Tries a message, which is locked, once.  NO_ROOM: it is due again, and nothing is recorded. */
@@ -3156,14 +3133,18 @@ static enum reach try_message(struct batch *b, struct message *m, struct draft *
     m->due = wall_clock() + (time_t)back_off(m->age);
     set_due(m);
     count = make_parties(m, order, parties);
-    if (count == 1)
-        reach = deliver_party(b, m, &parties[0]);
-    else if (count > 1)
-        reach = deliver_parties(b, m, parties, count);
-    if (reach == NO_ROOM)
-        reach = give_back(b, m);
-    else if (!m->gone)
-        conclude(m, report);
+    if (count > 1)
+        deliver_parties(b, m, parties, count);
+    else if (count == 1)
+        reach = deliver(b, m, order, parties[0].count);
+    if (reach == NO_ROOM) {
+        give_back(m, order[0]->said);
+    } else {
+        if (count == 1)
+            expire(m, order, parties[0].count);
+        if (!m->gone)
+            conclude(m, report);
+    }
     free(order);
     free(parties);
     return reach;
@@ -3224,12 +3205,12 @@ void draft_hand_over(const struct draft *d, uint32_t lane, int due_fd)
 
 void draft_forward(const struct draft *d, uint32_t lane, bool company, int due_fd)
 {
-    struct batch alone = { .patient = true, .company = company, .lane = lane };
+    struct batch alone = { .patient = true, .company = company };
     enum reach reach = forward_file(&alone, d->fd, d->id);
 
     drop_kept(&alone);
-    if (reach == NO_ROOM || alone.moved)
-        announce_due(d->id, alone.to, due_fd);      /* forward_file() has closed the draft */
+    if (reach == NO_ROOM)
+        announce_due(d->id, lane, due_fd);      /* forward_file() has closed the draft */
     _exit(0);
 }
 
@@ -3415,10 +3396,6 @@ static int take_due(const char *id)
     return -1;
 }
 
-/* The exit status of a batch: one of the first two, and MOVED is added if a message that
- * was given back belongs to another lane now.  die() exits 1. */
-enum { SERVED = 0, NOT_SERVED = 2, MOVED = 4 };
-
 /* Runs a batch, and never returns: tries its messages one after the other, over one
  * connection where that is possible.  Messages that it did not begin are still due.  If a
  * place was not reached, the rest of its mail is settled even when the time is over. */
@@ -3436,7 +3413,7 @@ static void run_batch(struct batch b, char ids[][ID_SIZE], size_t count, pid_t m
             reach = forward_file(&b, fd, ids[i]);
     }
     drop_kept(&b);
-    _exit((reach == REACHED ? SERVED : NOT_SERVED) + (b.moved ? MOVED : 0));
+    _exit(reach == REACHED ? SERVED : NOT_SERVED);
 }
 
 /* Returns how many messages the lane's next batch takes: an equal share for each batch that
@@ -3454,9 +3431,7 @@ static bool start_batch(struct lane *l)
     char ids[BATCH_LIMIT][ID_SIZE];
     size_t chosen[BATCH_LIMIT], count = 0, size = batch_size(l);
     pid_t manager = getpid(), pid;
-    struct batch b = {
-        .patient = l->batches > 0 || l->refusals < PATIENCE, .company = l->batches > 0, .lane = l->lane
-    };
+    struct batch b = { .patient = l->batches > 0 || l->refusals < PATIENCE, .company = l->batches > 0 };
 
     for (size_t i = 0; i < listed_count && count < size; i++)
         if (listed[i].batch == 0 && listed[i].lane == l->lane) {
@@ -3495,17 +3470,15 @@ static bool is_due(const char *id, bool make_due, bool complain, time_t *next)
 }
 
 /* Takes the messages of a batch that has ended off the list, except those that are still
- * due, which wait again.  Returns how many these are.  If one of them has `moved` to another
- * lane, all are taken off, and a search lists each in the lane that it has now. */
-static size_t unlist(pid_t batch, struct lane *l, bool moved)
+ * due, which wait again.  Returns how many these are. */
+static size_t unlist(pid_t batch, struct lane *l)
 {
     size_t left = 0, back = 0;
     time_t next = 0;
 
-    search_again = search_again || moved;
     for (size_t i = 0; i < listed_count; i++) {
         if (listed[i].batch == batch) {
-            if (moved || !is_due(listed[i].id, false, false, &next))
+            if (!is_due(listed[i].id, false, false, &next))
                 continue;
             listed[i].batch = 0;
             if (listed[i].fresh)
@@ -3543,12 +3516,10 @@ static void shorten_list(struct lane *l)
 /* Takes note of a batch that has ended, and learns from it how many batches its lane may
  * have (see above).  A lane whose only batch was not served pauses: for a second, then
  * twice as long each time. */
-static void end_batch(const struct batch_process *p, int status)
+static void end_batch(const struct batch_process *p, bool served)
 {
-    bool moved = status == SERVED + MOVED || status == NOT_SERVED + MOVED;
-    bool served = status == SERVED || status == SERVED + MOVED;
     struct lane *l = find_lane(p->lane);
-    size_t back = unlist(p->pid, l, moved);
+    size_t back = unlist(p->pid, l);
     unsigned most = batch_limit > 1 ? batch_limit / 2 : 1;
     int64_t pause = 1000;
 
@@ -3586,7 +3557,7 @@ static void reap_batches(void)
             continue;
         if (WIFSIGNALED(status))
             logmsg("process %ld died of signal %d", (long)pid, WTERMSIG(status));
-        end_batch(&batches[i], WIFEXITED(status) ? WEXITSTATUS(status) : NOT_SERVED);
+        end_batch(&batches[i], WIFEXITED(status) && WEXITSTATUS(status) == SERVED);
         batches[i] = batches[--batch_count];
     }
 }

@@ -318,7 +318,7 @@ def pair(world, exchangers):
 
 
 def test_a_burst_of_messages_for_two_domains_that_take_few_connections(pair, relay, tmp_path):
-    """Each domain's child meets that; no message has to back off, and no domain gets one twice."""
+    """Each domain's child waits for room; no message has to back off, and no domain gets one twice."""
     for exchanger in pair:
         exchanger.set(connection_limit=3, replies={".": lambda connection: time.sleep(0.05)})
     server = relay(mx_port=pair[0].port, spool=tmp_path / "other")
@@ -332,9 +332,9 @@ def test_a_burst_of_messages_for_two_domains_that_take_few_connections(pair, rel
 
 
 def test_want_of_room_at_one_domain_slows_down_no_other(pair, relay, tmp_path):
-    """A message that waits for room at one domain belongs to that lane, once the other has it."""
+    """The other domain has its copy at once, and the mail behind it waits for some seconds at most."""
     net, org = pair
-    org.set(replies={"CONNECT": ["421 4.7.0 too busy"] * 4})    # two in the batch of one lane, two of the other lane
+    org.set(replies={"CONNECT": ["421 4.7.0 too busy"] * 3})
     server = relay("-j", 1, mx_port=net.port, spool=tmp_path / "other")
     manager = manager_of(server)
     os.kill(manager, signal.SIGSTOP)
@@ -343,20 +343,20 @@ def test_want_of_room_at_one_domain_slows_down_no_other(pair, relay, tmp_path):
     os.kill(manager, signal.SIGCONT)
     net.wait_for_messages(22)
     wait_for(lambda: not server.queue())
-    assert len(org.connections) > 4 and len(org.messages) == 2 and len(net.messages) == 22
+    assert len(org.connections) > 3 and len(org.messages) == 2 and len(net.messages) == 22
     assert not server.logged("status=(later|failed)")
 
 
 def test_no_room_beside_a_domain_that_is_not_reached(pair, relay, tmp_path):
-    """The dead domain is not tried again at once because the other is busy: the message backs off, with its words."""
+    """The dead domain is not tried again because the other is busy; after some seconds the message backs off."""
     busy, dead = pair
     busy.set(replies={"CONNECT": "421 4.7.0 too busy"})
     dead.stop()
-    server = relay(mx_port=busy.port, spool=tmp_path / "other")
+    server = relay("-w", 2, mx_port=busy.port, spool=tmp_path / "other")
     letters_for_two(server, 1)
     outcome, = server.outcomes("b0@example.net")
-    assert outcome.status == "later" and "421 4.7.0 too busy" in outcome.words
-    assert len(server.outcomes("c0@example.org")) == len(busy.connections) == 1
+    assert outcome.status == "later" and outcome.words.count("421 4.7.0 too busy") == 1
+    assert len(server.outcomes("c0@example.org")) == 1 < len(busy.connections) < 5
 
 
 def test_a_dead_domain_of_several_costs_one_try_for_all_of_a_batch(pair, relay, tmp_path):
