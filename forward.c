@@ -1847,11 +1847,26 @@ static bool is_curable(const struct exchange *x, int code)
     return x->bare || (settings.smarthost != NULL && (code == 530 || code == 534 || code == 535 || code == 538));
 }
 
-/* Returns what a reply means (RFC 5321 4.2.1): SENT for 2xx, FAILED for a final 5xx, and
- * LATER for everything else. */
-static enum outcome judge(const struct exchange *x, int code)
+/* What a reply says of a command: the kinds of completion of RFC 5321 4.2.1. */
+enum completion {
+    POSITIVE,       /* 2xx */
+    TRANSIENT,      /* 4xx, another code that this command should not get, or no reply: it may succeed later */
+    PERMANENT       /* 5xx, unless it is curable */
+};
+
+static enum completion judge(const struct exchange *x, int code)
 {
-    return code >= 200 && code < 300 ? SENT : code >= 500 && code < 600 && !is_curable(x, code) ? FAILED : LATER;
+    if (code / 100 == 2)
+        return POSITIVE;
+    return code / 100 == 5 && !is_curable(x, code) ? PERMANENT : TRANSIENT;
+}
+
+/* Returns the outcome for recipients whose mail depends on the command. */
+static enum outcome outcome_of(enum completion completion)
+{
+    static const enum outcome outcomes[] = { SENT, LATER, FAILED };
+
+    return outcomes[completion];
 }
 
 static void forget_extensions(struct exchange *x)
@@ -1861,7 +1876,7 @@ static void forget_extensions(struct exchange *x)
 }
 
 /* Says EHLO, and HELO if that is refused (RFC 5321 3.2). */
-static enum outcome say_hello(struct exchange *x)
+static enum completion say_hello(struct exchange *x)
 {
     char refusal[REPLY_SIZE];
     int code;
@@ -1870,7 +1885,7 @@ static enum outcome say_hello(struct exchange *x)
     x->in_ehlo = true;
     code = say(x, HELLO, "EHLO %s\r\n", settings.hostname);
     x->in_ehlo = false;
-    if (judge(x, code) == FAILED) {
+    if (judge(x, code) == PERMANENT) {
         forget_extensions(x);
         strcpy(refusal, x->words);
         code = say(x, HELLO, "HELO %s\r\n", settings.hostname);
@@ -1905,16 +1920,16 @@ static bool begin_tls(struct exchange *x)
 /* Begins TLS, and says EHLO again, since nothing that was said before counts (RFC 3207
  * 4.2).  The first reply proves that the handshake has succeeded.  If it has failed, the
  * exchanger may be tried once more, in plain. */
-static enum outcome start_tls(struct exchange *x)
+static enum completion start_tls(struct exchange *x)
 {
-    enum outcome hello = SENT;
+    enum completion hello = POSITIVE;
 
     if (begin_tls(x)) {
         if (settings.tls_first)
             hello = judge(x, read_reply(x, GREETING));
-        if (hello == FAILED)
+        if (hello == PERMANENT)
             x->refusal = NO_MAIL;
-        if (hello == SENT)
+        if (hello == POSITIVE)
             hello = say_hello(x);
         if (x->code != 0)
             strcat(x->label, "/tls");
@@ -1926,7 +1941,7 @@ static enum outcome start_tls(struct exchange *x)
     x->bare = settings.tls == TLS_MAY;
     if (x->bare)
         logmsg("%s %s %s: once more in plain", x->id, x->label, x->words);
-    return LATER;
+    return TRANSIENT;
 }
 
 /* Writes octets as text, each three of them as four letters (RFC 4648 4). */
@@ -1963,8 +1978,8 @@ static int say_secret(struct exchange *x, const char *command, const char *secre
 }
 
 /* Says AUTH (RFC 4954): PLAIN (RFC 4616), or LOGIN if PLAIN is not offered.  If the
- * smarthost refuses us, that is our operator's to mend, not the sender's fault: LATER. */
-static enum outcome authenticate(struct exchange *x)
+ * smarthost refuses us, that is our operator's to mend, not the sender's fault: TRANSIENT. */
+static enum completion authenticate(struct exchange *x)
 {
     char both[1 + 2 * SECRET_SIZE];     /* NUL, name, NUL, password; and the NUL of strcpy() */
     size_t user = strlen(settings.user), password = strlen(settings.password);
@@ -1985,13 +2000,13 @@ static enum outcome authenticate(struct exchange *x)
     } else {
         snprintf(x->words, sizeof x->words, "4.7.0 neither AUTH PLAIN nor AUTH LOGIN is offered");
     }
-    return code == 235 ? SENT : LATER;
+    return code == 235 ? POSITIVE : TRANSIENT;
 }
 
 /* Says all that comes before the first message: EHLO, STARTTLS, AUTH. */
-static enum outcome introduce(struct exchange *x)
+static enum completion introduce(struct exchange *x)
 {
-    enum outcome hello = SENT;
+    enum completion hello = POSITIVE;
     bool offered = settings.tls_first;
 
     x->code = 0;
@@ -1999,14 +2014,14 @@ static enum outcome introduce(struct exchange *x)
         hello = say_hello(x);
         offered = x->starttls;
     }
-    if (hello == SENT && offered && settings.tls != TLS_NEVER && !x->bare)
+    if (hello == POSITIVE && offered && settings.tls != TLS_NEVER && !x->bare)
         hello = start_tls(x);
-    if (hello == SENT && settings.tls >= TLS_MUST && x->tunnel == NULL) {
+    if (hello == POSITIVE && settings.tls >= TLS_MUST && x->tunnel == NULL) {
         if (!offered)
             snprintf(x->words, sizeof x->words, "4.7.4 no STARTTLS is offered, and mail must not go in plain");
-        hello = LATER;
+        hello = TRANSIENT;
     }
-    return hello == SENT && settings.user[0] != '\0' ? authenticate(x) : hello;
+    return hello == POSITIVE && settings.user[0] != '\0' ? authenticate(x) : hello;
 }
 
 /* A part of a message, read to be surveyed or sent; the first octet is for survey(). */
@@ -2112,8 +2127,8 @@ static bool transfer_message(struct exchange *x, struct message *m, struct trans
     sent = send_message(x, m);
     if (sent)
         code = read_reply(x, FINAL_DOT);
-    settle_group(x, &t->accepted, judge(x, sent ? code : x->code));
-    if (judge(x, code) == SENT)
+    settle_group(x, &t->accepted, outcome_of(judge(x, sent ? code : x->code)));
+    if (judge(x, code) == POSITIVE)
         write_sent(m);
     hold_signals(false);
     return code != 0;
@@ -2156,13 +2171,13 @@ static void take_recipient_reply(struct exchange *x, struct transaction *t, stru
 {
     bool full = x->code == 452 || x->code == 552;
 
-    if (judge(x, x->code) == SENT) {
+    if (judge(x, x->code) == POSITIVE) {
         x->accepting = true;
         add_to_group(&t->accepted, r);
         return;
     }
     /* A server of RFC 821's time says 552 where it means 452: RFC 5321 4.5.3.1.10. */
-    settle(r, full ? LATER : judge(x, x->code), x->label, x->words);
+    settle(r, full ? LATER : outcome_of(judge(x, x->code)), x->label, x->words);
     t->full = t->full || full;
     if (full || x->code == 451)
         add_to_group(&t->surplus, r);
@@ -2177,9 +2192,9 @@ static bool say_envelope(struct exchange *x, const char *commands, struct transa
 
     if ((ahead && !send_bytes(x, commands, strlen(commands), ENVELOPE)) || next_reply(x, &commands, ENVELOPE) == 0)
         return false;
-    mail_ok = judge(x, x->code) == SENT;
+    mail_ok = judge(x, x->code) == POSITIVE;
     if (!mail_ok)
-        settle_group(x, &t->to, judge(x, x->code));
+        settle_group(x, &t->to, outcome_of(judge(x, x->code)));
     for (size_t i = 0; i < t->to.count && (mail_ok || ahead); i++) {
         if (next_reply(x, &commands, ENVELOPE) == 0)
             return false;
@@ -2196,7 +2211,7 @@ static bool say_envelope(struct exchange *x, const char *commands, struct transa
         return false;
     }
     if (!t->content_awaited)
-        settle_group(x, &t->accepted, judge(x, x->code) == FAILED ? FAILED : LATER);
+        settle_group(x, &t->accepted, judge(x, x->code) == PERMANENT ? FAILED : LATER);
     return true;
 }
 
@@ -2392,7 +2407,7 @@ static void take_greeting(struct exchange *x)
     bool open = fill_input(x);
     enum reading reading = take_reply(x);
 
-    if (reading == ENTIRE && judge(x, x->code) == SENT) {
+    if (reading == ENTIRE && judge(x, x->code) == POSITIVE) {
         x->greeted = clock_us();
         x->progress = GREETED;
         return;
@@ -2403,7 +2418,7 @@ static void take_greeting(struct exchange *x)
         lose(x, open ? "no SMTP reply" : "connection lost", GREETING);
     else if (x->code < 500)
         x->refusal = BUSY;
-    else if (judge(x, x->code) == FAILED)
+    else if (judge(x, x->code) == PERMANENT)
         x->refusal = NO_MAIL;
     spend(x);
 }
@@ -2612,18 +2627,19 @@ static bool is_dead(const struct batch *b, const char *domain)
 static void talk(struct batch *b, struct exchange *x, struct message *m, struct recipient **to, size_t count)
 {
     bool was_bare = x->bare;
-    enum outcome hello = x->progress == INTRODUCED ? SENT : introduce(x), unfit = x->bare ? LATER : FAILED;
+    enum completion hello = x->progress == INTRODUCED ? POSITIVE : introduce(x);
+    enum outcome unfit = x->bare ? LATER : FAILED;
     bool alive = x->code != 0, used = x->messages > 0, ended;
 
-    if (hello == SENT)
+    if (hello == POSITIVE)
         x->progress = INTRODUCED;
     x->accepting = false;
     if (x->refusal == NO_MAIL) {        /* a 5xx greeting that came by TLS: left to blame(), like one in plain */
         spend(x);
         return;
     }
-    if (hello != SENT)
-        settle_all(to, count, hello, x->label, x->words);
+    if (hello != POSITIVE)
+        settle_all(to, count, outcome_of(hello), x->label, x->words);
     else if (x->max_size > 0 && m->size > x->max_size)
         settle_all(to, count, unfit, x->label, "5.3.4 the message is larger than this exchanger takes");
     else if (m->eight_bit && !x->eight_bit)     /* RFC 6152 3: we do not convert */
