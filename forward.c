@@ -2095,8 +2095,8 @@ struct group {
     size_t count;
 };
 
-/* One mail transaction (RFC 5321 3.3): a message and some of its recipients. */
-struct transaction {
+/* The recipients of one mail transaction with an exchanger (RFC 5321 3.3), and what came of it. */
+struct envelope {
     struct group to;
     struct group accepted;      /* RCPT was answered with 2xx */
     struct group surplus;       /* RCPT was answered with 451, 452 or 552: another transaction may have room */
@@ -2118,7 +2118,7 @@ static void settle_group(const struct exchange *x, struct group *g, enum outcome
 
 /* Sends the message, and settles all accepted recipients by the exchanger's reply.  False:
  * the connection is of no more use. */
-static bool transfer_message(struct exchange *x, struct message *m, struct transaction *t)
+static bool transfer_message(struct exchange *x, struct message *m, struct envelope *e)
 {
     bool sent;
     int code = 0;
@@ -2127,7 +2127,7 @@ static bool transfer_message(struct exchange *x, struct message *m, struct trans
     sent = send_message(x, m);
     if (sent)
         code = read_reply(x, FINAL_DOT);
-    settle_group(x, &t->accepted, outcome_of(judge(x, sent ? code : x->code)));
+    settle_group(x, &e->accepted, outcome_of(judge(x, sent ? code : x->code)));
     if (judge(x, code) == POSITIVE)
         write_sent(m);
     hold_signals(false);
@@ -2167,26 +2167,26 @@ static int next_reply(struct exchange *x, const char **commands, enum step step)
 }
 
 /* Handles the reply to a recipient's RCPT, which is the last reply read. */
-static void take_recipient_reply(struct exchange *x, struct transaction *t, struct recipient *r)
+static void take_recipient_reply(struct exchange *x, struct envelope *e, struct recipient *r)
 {
     bool full = x->code == 452 || x->code == 552;
 
     if (judge(x, x->code) == POSITIVE) {
         x->accepting = true;
-        add_to_group(&t->accepted, r);
+        add_to_group(&e->accepted, r);
         return;
     }
     /* A server of RFC 821's time says 552 where it means 452: RFC 5321 4.5.3.1.10. */
     settle(r, full ? LATER : outcome_of(judge(x, x->code)), x->label, x->words);
-    t->full = t->full || full;
+    e->full = e->full || full;
     if (full || x->code == 451)
-        add_to_group(&t->surplus, r);
+        add_to_group(&e->surplus, r);
 }
 
 /* Says MAIL, the RCPTs and DATA.  With PIPELINING (RFC 2920) all are sent at once, and each
  * gets its reply; without it each is sent after the reply to the one before, and only if
  * that reply allows it.  False: the connection is of no more use. */
-static bool say_envelope(struct exchange *x, const char *commands, struct transaction *t)
+static bool say_envelope(struct exchange *x, const char *commands, struct envelope *e)
 {
     bool ahead = x->pipelining, mail_ok;
 
@@ -2194,52 +2194,52 @@ static bool say_envelope(struct exchange *x, const char *commands, struct transa
         return false;
     mail_ok = judge(x, x->code) == POSITIVE;
     if (!mail_ok)
-        settle_group(x, &t->to, outcome_of(judge(x, x->code)));
-    for (size_t i = 0; i < t->to.count && (mail_ok || ahead); i++) {
+        settle_group(x, &e->to, outcome_of(judge(x, x->code)));
+    for (size_t i = 0; i < e->to.count && (mail_ok || ahead); i++) {
         if (next_reply(x, &commands, ENVELOPE) == 0)
             return false;
         if (mail_ok)
-            take_recipient_reply(x, t, t->to.list[i]);
+            take_recipient_reply(x, e, e->to.list[i]);
     }
-    if (t->accepted.count == 0 && !ahead)
+    if (e->accepted.count == 0 && !ahead)
         return true;
     if (next_reply(x, &commands, DATA_COMMAND) == 0)
         return false;
-    t->content_awaited = x->code / 100 == 3;    /* 354; the first digit says what to do: RFC 5321 4.2.1 */
-    if (t->content_awaited && !mail_ok) {       /* then no reply of this exchanger can be trusted */
+    e->content_awaited = x->code / 100 == 3;    /* 354; the first digit says what to do: RFC 5321 4.2.1 */
+    if (e->content_awaited && !mail_ok) {       /* then no reply of this exchanger can be trusted */
         lose(x, "a yes after a no", DATA_COMMAND);
         return false;
     }
-    if (!t->content_awaited)
-        settle_group(x, &t->accepted, judge(x, x->code) == PERMANENT ? FAILED : LATER);
+    if (!e->content_awaited)
+        settle_group(x, &e->accepted, judge(x, x->code) == PERMANENT ? FAILED : LATER);
     return true;
 }
 
 /* Carries out one transaction.  If the exchanger accepts the message, that is recorded when
  * this returns.  False: the connection is of no more use. */
-static bool transact(struct exchange *x, struct message *m, struct transaction *t)
+static bool transact(struct exchange *x, struct message *m, struct envelope *e)
 {
-    char *commands = compose_envelope(x, m, &t->to);
-    bool alive = say_envelope(x, commands, t);
+    char *commands = compose_envelope(x, m, &e->to);
+    bool alive = say_envelope(x, commands, e);
 
     free(commands);
     if (!alive) {
-        settle_group(x, &t->to, LATER);     /* accepted recipients do not have the message; a final no stands */
+        settle_group(x, &e->to, LATER);     /* accepted recipients do not have the message; a final no stands */
         return false;
     }
-    if (!t->content_awaited)
+    if (!e->content_awaited)
         return true;
-    if (t->accepted.count > 0)
-        return transfer_message(x, m, t);
+    if (e->accepted.count > 0)
+        return transfer_message(x, m, e);
     return say(x, FINAL_DOT, ".\r\n") != 0;     /* no recipients: an empty message ends it (RFC 2920 3.1) */
 }
 
 /* Whether the transaction has got somewhere: the exchanger accepted recipients, and its
  * reply to DATA or to the message was final, 2xx or 5xx.  That reply is the same for all
  * accepted recipients. */
-static bool got_somewhere(const struct transaction *t)
+static bool got_somewhere(const struct envelope *e)
 {
-    return t->accepted.count > 0 && t->accepted.list[0]->outcome != LATER;
+    return e->accepted.count > 0 && e->accepted.list[0]->outcome != LATER;
 }
 
 /* The recipients that still need a transaction on this connection, in order. */
@@ -2250,28 +2250,28 @@ struct remaining {
     size_t limit;               /* how many one transaction gets; once it was too many, what the exchanger accepted */
 };
 
-/* Moves recipients from the front of the list into a transaction. */
-static void begin_transaction(struct remaining *left, struct transaction *t)
+/* Moves recipients from the front of the list into the envelope of the next transaction. */
+static void begin_transaction(struct remaining *left, struct envelope *e)
 {
-    t->to.count = left->count < left->limit ? left->count : left->limit;
-    memcpy(t->to.list, left->list, t->to.count * sizeof *left->list);
-    left->count -= t->to.count;
-    left->fresh -= left->fresh < t->to.count ? left->fresh : t->to.count;
-    memmove(left->list, left->list + t->to.count, left->count * sizeof *left->list);
+    e->to.count = left->count < left->limit ? left->count : left->limit;
+    memcpy(e->to.list, left->list, e->to.count * sizeof *left->list);
+    left->count -= e->to.count;
+    left->fresh -= left->fresh < e->to.count ? left->fresh : e->to.count;
+    memmove(left->list, left->list + e->to.count, left->count * sizeof *left->list);
 }
 
 /* After a transaction that got somewhere, appends its surplus to the list.  After one that
  * did not, drops all surplus from the list: it waits for the next try. */
-static void end_transaction(struct remaining *left, const struct transaction *t)
+static void end_transaction(struct remaining *left, const struct envelope *e)
 {
-    if (!got_somewhere(t)) {
+    if (!got_somewhere(e)) {
         left->count = left->fresh;
         return;
     }
-    memcpy(left->list + left->count, t->surplus.list, t->surplus.count * sizeof *left->list);
-    left->count += t->surplus.count;
-    if (t->full)
-        left->limit = t->accepted.count;
+    memcpy(left->list + left->count, e->surplus.list, e->surplus.count * sizeof *left->list);
+    left->count += e->surplus.count;
+    if (e->full)
+        left->limit = e->accepted.count;
 }
 
 /* Carries out as many transactions as these recipients need: the exchanger may accept fewer
@@ -2288,12 +2288,12 @@ static bool transact_all(struct exchange *x, struct message *m, struct recipient
             left.list[left.count++] = to[i];
     left.fresh = left.count;
     while (alive && left.count > 0) {
-        struct transaction t = { .full = false };
+        struct envelope e = { .full = false };
 
-        begin_transaction(&left, &t);
-        alive = (!x->unfinished || say(x, ENVELOPE, "RSET\r\n") != 0) && transact(x, m, &t);
-        x->unfinished = !t.content_awaited;
-        end_transaction(&left, &t);
+        begin_transaction(&left, &e);
+        alive = (!x->unfinished || say(x, ENVELOPE, "RSET\r\n") != 0) && transact(x, m, &e);
+        x->unfinished = !e.content_awaited;
+        end_transaction(&left, &e);
     }
     free(left.list);
     return alive;
