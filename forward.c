@@ -3374,27 +3374,26 @@ static void list_due(const char *id, uint32_t lane, bool fresh)
 
 /* ---- Batches ---- */
 
-/* Returns when this file of the queue is due; with `make_due`, makes it due now.  0: it is
- * gone, or no message of ours. */
-static time_t due_time(const char *id, bool make_due, bool complain)
+/* Whether a file of the queue can be a message of ours. */
+static bool is_ours(const char *id, const struct stat *st)
+{
+    return id_time(id) != 0 && S_ISREG(st->st_mode) && st->st_uid == geteuid();
+}
+
+/* Returns when a file of the queue is due.  If that is later than any back-off, the clock
+ * was wrong, then or now: it is due now. */
+static time_t due_time(const struct stat *st)
 {
     int64_t most = settings.retry > RETRY_LIMIT ? settings.retry : RETRY_LIMIT;
-    time_t now = wall_clock();
+
+    return st->st_mtime > wall_clock() + most ? wall_clock() : st->st_mtime;
+}
+
+static bool is_due(const char *id)
+{
     struct stat st;
 
-    if (lstat(spool_path("queue", id), &st) != 0)
-        return 0;
-    if (id_time(id) == 0 || !S_ISREG(st.st_mode) || st.st_uid != geteuid()) {
-        if (complain)
-            logmsg("queue/%s is no message of ours: left alone", id);
-        return 0;
-    }
-    if (make_due && st.st_mtime > now) {
-        utimensat(AT_FDCWD, spool_path("queue", id), NULL, AT_SYMLINK_NOFOLLOW);
-        return now;
-    }
-    /* If it is due later than any back-off, the clock was wrong, then or now. */
-    return st.st_mtime <= now || st.st_mtime > now + most ? now : st.st_mtime;
+    return lstat(spool_path("queue", id), &st) == 0 && is_ours(id, &st) && due_time(&st) <= wall_clock();
 }
 
 /* Opens a message of the queue that is due, and locks it.  -1: another process is trying
@@ -3404,8 +3403,7 @@ static int take_due(const char *id)
     struct stat st;
     int fd = id_time(id) != 0 ? open_message("queue", id, O_RDWR | O_APPEND) : -1;
 
-    if (fd >= 0 && lock_octets(fd, F_WRLCK, 0, 0) && fstat(fd, &st) == 0 && st.st_nlink > 0
-        && due_time(id, false, false) <= wall_clock())
+    if (fd >= 0 && lock_octets(fd, F_WRLCK, 0, 0) && fstat(fd, &st) == 0 && st.st_nlink > 0 && is_due(id))
         return fd;
     if (fd >= 0)
         close(fd);
@@ -3474,27 +3472,15 @@ static bool start_batch(struct lane *l)
     return true;
 }
 
-/* Whether this file of the queue is due.  If it is due later, sets *next to that time unless
- * *next is earlier. */
-static bool is_due(const char *id, bool make_due, bool complain, time_t *next)
-{
-    time_t due = due_time(id, make_due, complain);
-
-    if (due > wall_clock() && due < *next)
-        *next = due;
-    return due != 0 && due <= wall_clock();
-}
-
 /* Takes the messages of a batch that has ended off the list, except those that are still
  * due, which wait again.  Returns how many these are. */
 static size_t unlist(pid_t batch, struct lane *l)
 {
     size_t left = 0, back = 0;
-    time_t next = 0;
 
     for (size_t i = 0; i < listed_count; i++) {
         if (listed[i].batch == batch) {
-            if (!is_due(listed[i].id, false, false, &next))
+            if (!is_due(listed[i].id))
                 continue;
             listed[i].batch = 0;
             if (listed[i].fresh)
@@ -3645,8 +3631,10 @@ static bool is_locked(int fd)
     return fcntl(fd, F_GETLK, &lock) == 0 && lock.l_type != F_UNLCK;
 }
 
+static bool searched;       /* a search has been made, and has logged which files are no messages of ours */
+
 /* Lists a file of the queue that is due, if it is a message that no process is trying. */
-static void examine_due(const char *id, bool complain)
+static void list_if_free(const char *id)
 {
     struct message m;
     int fd = open_message("queue", id, O_RDWR);
@@ -3659,13 +3647,41 @@ static void examine_due(const char *id, bool complain)
     }
     if (message_read(&m, fd, id))
         list_due(id, lane_of_message(&m), !m.tried);
-    else if (complain || m.error != 0)
+    else if (!searched || m.error != 0)
         log_unread(&m);
     message_free(&m);
 }
 
-/* Goes once through the queue.  Returns when the next file will be due. */
-static time_t search_queue(bool make_due, bool complain)
+/* Looks at one file of the queue, makes it due now if `hurry`, and lists it if it is due
+ * and the list has room.  If it is due later, and before *next, sets *next to that time. */
+static void examine(const char *id, bool hurry, time_t *next)
+{
+    time_t now = wall_clock(), due;
+    struct stat st;
+
+    if (id[0] == '.' || lstat(spool_path("queue", id), &st) != 0)
+        return;
+    if (!is_ours(id, &st)) {
+        if (!searched)
+            logmsg("queue/%s is no message of ours: left alone", id);
+        return;
+    }
+    if (hurry && st.st_mtime > now) {
+        utimensat(AT_FDCWD, spool_path("queue", id), NULL, AT_SYMLINK_NOFOLLOW);
+        st.st_mtime = now;
+    }
+    due = due_time(&st);
+    if (due > now)
+        *next = due < *next ? due : *next;
+    else if (listed_count >= LISTED_LIMIT / 4 * 3)      /* the rest is for fresh mail, from the due pipe */
+        search_again = search_again || !is_listed(id);
+    else if (!is_listed(id))
+        list_if_free(id);
+}
+
+/* Goes once through the queue; makes all of it due now if `hurry`.  Returns when the next
+ * file will be due. */
+static time_t search_queue(bool hurry)
 {
     time_t next = wall_clock() + NAP_LIMIT;
     DIR *queue = opendir("queue");
@@ -3677,17 +3693,13 @@ static time_t search_queue(bool make_due, bool complain)
     if (queue == NULL && chdir(settings.spool) != 0)    /* the spool was moved away, and may be back by now */
         return next;
     while (queue != NULL && (entry = readdir(queue)) != NULL) {
-        if (entry->d_name[0] == '.' || !is_due(entry->d_name, make_due, complain, &next) || is_listed(entry->d_name))
-            continue;
-        if (listed_count < LISTED_LIMIT / 4 * 3)    /* the rest is for fresh mail, from the due pipe */
-            examine_due(entry->d_name, complain);
-        else
-            search_again = true;
+        examine(entry->d_name, hurry, &next);
         if (++seen % BATCH_LIMIT == 0)      /* a long search keeps no batch waiting */
             start_batches();
     }
     if (queue != NULL)
         closedir(queue);
+    searched = true;
     return next;
 }
 
@@ -3705,21 +3717,19 @@ static int64_t next_search(void)
 
 static void search_if_due(void)
 {
-    static bool searched;
     int64_t begun = clock_ms(), now, nap;
-    bool make_due = all_due;
+    bool hurry = all_due;
     time_t next;
 
-    if (!make_due && begun < next_search())
+    if (!hurry && begun < next_search())
         return;
     all_due = 0;
     check_resolv_conf();
-    for (size_t i = 0; make_due && i < lane_count; i++) {   /* an exchanger that was down may be up again */
+    for (size_t i = 0; hurry && i < lane_count; i++) {   /* an exchanger that was down may be up again */
         lanes[i].not_before = 0;
         lanes[i].refusals = 0;
     }
-    next = search_queue(make_due, !searched);
-    searched = true;
+    next = search_queue(hurry);
     now = clock_ms();
     nap = ((int64_t)next - (int64_t)wall_clock()) * 1000;
     if (nap > settings.retry * 1000)
