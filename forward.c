@@ -822,6 +822,16 @@ static uint32_t lane_of_message(const struct message *m)
     return 0;
 }
 
+/* Returns how many recipients the message is still owed to. */
+static size_t count_owed(const struct message *m)
+{
+    size_t owed = 0;
+
+    for (size_t i = 0; i < m->count; i++)
+        owed += m->recipients[i].outcome == LATER ? 1 : 0;
+    return owed;
+}
+
 /* ==== Outcomes =========================================================== */
 
 /* Sets the file's modification time to m->due.  Every write to the file undoes this. */
@@ -1417,16 +1427,13 @@ static void copy_flow(struct flow *f)
         f->used = f->size;      /* the reader is gone: go on without it, so that its last words are read */
 }
 
-/* Enters the descriptor that copy_flow() waits for into the sets.  Returns it, or -1. */
-static int watch_flow(const struct flow *f, fd_set *readable, fd_set *writable)
+/* Adds the descriptor that copy_flow() waits for to the sets. */
+static void watch_flow(const struct flow *f, fd_set *readable, fd_set *writable, int *top)
 {
-    bool full = f->used < f->size;
-    int fd = full ? f->to : f->from;
-
-    if (f->ended && !full)
-        return -1;
-    FD_SET(fd, full ? writable : readable);
-    return fd;
+    if (f->used < f->size)
+        watch_fd(f->to, writable, top);
+    else if (!f->ended)
+        watch_fd(f->from, readable, top);
 }
 
 /* Waits for the exchanger as wait_ready() does, and copies meanwhile if there is a
@@ -1439,15 +1446,14 @@ static bool wait_exchange(struct exchange *x, bool writing, int64_t deadline)
         return wait_ready(x->fd, writing, deadline);
     do {
         fd_set readable, writable;
-        int out, in, top = x->fd;
+        int top = -1;
 
         FD_ZERO(&readable);
         FD_ZERO(&writable);
-        FD_SET(x->fd, writing ? &writable : &readable);
-        out = watch_flow(&t->out, &readable, &writable);
-        in = watch_flow(&t->in, &readable, &writable);
-        top = out > top ? out : top;
-        wait_sets(in > top ? in : top, &readable, &writable, deadline);
+        watch_fd(x->fd, writing ? &writable : &readable, &top);
+        watch_flow(&t->out, &readable, &writable, &top);
+        watch_flow(&t->in, &readable, &writable, &top);
+        wait_sets(top, &readable, &writable, deadline);
         copy_flow(&t->out);
         copy_flow(&t->in);
         if (FD_ISSET(x->fd, writing ? &writable : &readable))
@@ -1639,14 +1645,15 @@ static struct tunnel *open_tunnel(struct exchange *x)
 /* ==== The dialogue ======================================================= */
 
 /* The steps of a dialogue, and how many seconds the exchanger has for each: RFC 5321
- * 4.5.3.2. */
-enum step { CONNECT, GREETING, HELLO, STARTTLS, AUTH, ENVELOPE, DATA_COMMAND, MESSAGE, FINAL_DOT, QUIT };
+ * 4.5.3.2.  ROOM: if it accepts no further connection just now, and there is no batch for
+ * the message to go to. */
+enum step { ROOM, CONNECT, GREETING, HELLO, STARTTLS, AUTH, ENVELOPE, DATA_COMMAND, MESSAGE, FINAL_DOT, QUIT };
 
 static const struct {
     const char *name;
     long seconds;
 } steps[] = {
-    { "connecting", 30 }, { "the greeting", 300 }, { "EHLO", 300 }, { "STARTTLS", 300 },
+    { "having room", 10 }, { "connecting", 30 }, { "the greeting", 300 }, { "EHLO", 300 }, { "STARTTLS", 300 },
     { "AUTH", 300 },
     { "MAIL and RCPT", 300 }, { "DATA", 120 }, { "the message", 180 }, { "the final dot", 600 }, { "QUIT", 10 }
 };
@@ -2503,9 +2510,20 @@ static void let_go(struct exchange *x)
     }
 }
 
+/* Of the addresses that have greeted, returns the one that took the shortest time from
+ * connect() to its greeting.  NULL: there is none. */
+static struct exchange *fastest(struct route *route)
+{
+    struct exchange *best = NULL;
+
+    for (struct exchange *x = route->x; x < route->x + route->count; x++)
+        if (x->progress == GREETED && (best == NULL || x->greeted - x->begun < best->greeted - best->begun))
+            best = x;
+    return best;
+}
+
 /* Connects to all untried addresses of one preference at once.  Returns the one that took
- * the shortest time from connect() to its greeting, and ends the other connections.  NULL:
- * none has greeted. */
+ * the shortest time to greet, and ends the other connections.  NULL: none has greeted. */
 static struct exchange *race(struct route *route, unsigned preference)
 {
     struct exchange *winner = NULL, *end = route->x + route->count;
@@ -2514,11 +2532,8 @@ static struct exchange *race(struct route *route, unsigned preference)
     for (struct exchange *x = route->x; x < end; x++)
         if (x->progress == UNTRIED && x->preference == preference)
             start_connecting(x);
-    do
-        for (struct exchange *x = route->x; x < end; x++)
-            if (x->progress == GREETED && (winner == NULL || x->greeted - x->begun < winner->greeted - winner->begun))
-                winner = x;
-    while (winner == NULL && watch(route));
+    while (winner == NULL && watch(route))
+        winner = fastest(route);
     log_race(route, start);
     for (struct exchange *x = route->x; x < end; x++)
         if (x != winner && x->fd >= 0)
@@ -2619,32 +2634,41 @@ static bool is_dead(const struct batch *b, const char *domain)
     return b->dead[0] != '\0' && (settings.smarthost != NULL || strcasecmp(b->dead, domain) == 0);
 }
 
+/* Whether the exchanger can take this message at all.  If not, settles the recipients. */
+static bool can_take(const struct exchange *x, const struct message *m, struct recipient **to, size_t count)
+{
+    const char *why = NULL;
+
+    if (x->max_size > 0 && m->size > x->max_size)
+        why = "5.3.4 the message is larger than this exchanger takes";
+    else if (m->eight_bit && !x->eight_bit)     /* RFC 6152 3: we do not convert */
+        why = "5.6.3 8-bit content, and this exchanger offers no 8BITMIME";
+    if (why != NULL)
+        settle_all(to, count, x->bare ? LATER : FAILED, x->label, why);     /* by TLS it may offer more */
+    return why == NULL;
+}
+
 /* Carries out the whole dialogue with an exchanger that has greeted us.  The connection
  * stays open if another message follows.  If the exchanger closes a reused connection
  * before accepting any recipient, it is tried once more on a new one: it may only limit
  * the messages of a connection.  If it closes a new connection with 421, it has no room
- * for us (RFC 5321 3.8). */
+ * for us (RFC 5321 3.8).  If TLS fails, it may be tried once more in plain. */
 static void talk(struct batch *b, struct exchange *x, struct message *m, struct recipient **to, size_t count)
 {
-    bool was_bare = x->bare;
+    bool was_bare = x->bare, used = x->messages > 0;
     enum completion hello = x->progress == INTRODUCED ? POSITIVE : introduce(x);
-    enum outcome unfit = x->bare ? LATER : FAILED;
-    bool alive = x->code != 0, used = x->messages > 0, ended;
+    bool alive = x->code != 0, ended;
 
-    if (hello == POSITIVE)
-        x->progress = INTRODUCED;
-    x->accepting = false;
     if (x->refusal == NO_MAIL) {        /* a 5xx greeting that came by TLS: left to blame(), like one in plain */
         spend(x);
         return;
     }
-    if (hello != POSITIVE)
-        settle_all(to, count, outcome_of(hello), x->label, x->words);
-    else if (x->max_size > 0 && m->size > x->max_size)
-        settle_all(to, count, unfit, x->label, "5.3.4 the message is larger than this exchanger takes");
-    else if (m->eight_bit && !x->eight_bit)     /* RFC 6152 3: we do not convert */
-        settle_all(to, count, unfit, x->label, "5.6.3 8-bit content, and this exchanger offers no 8BITMIME");
+    x->accepting = false;
+    if (hello == POSITIVE)
+        x->progress = INTRODUCED;
     else
+        settle_all(to, count, outcome_of(hello), x->label, x->words);
+    if (hello == POSITIVE && can_take(x, m, to, count))
         alive = transact_all(x, m, to, count);
     x->messages++;
     if (alive && x->progress == INTRODUCED && b->more && !m->part && !any_owed(to, count)) {
@@ -2957,12 +2981,12 @@ static void log_no_room(const struct message *m, const char *said)
     logmsg("%s finds no room for another connection (%s): tried again soon", m->id, said);
 }
 
-/* Tries a domain; as long as there is no room for another connection, once a second, but
- * not for longer than a connection may take. */
+/* Tries a domain; as long as there is no room for another connection, once a second until
+ * the time for that is over. */
 static enum reach deliver_when_room(struct batch *b, struct message *m, const struct party *p)
 {
     struct timespec second = { 1, 0 };
-    int64_t end = step_deadline(CONNECT);
+    int64_t end = step_deadline(ROOM);
     enum reach reach = deliver(b, m, p->to, p->count);
 
     if (reach == NO_ROOM)
@@ -3111,10 +3135,8 @@ static bool conclude_failures(struct message *m, struct draft *report)
 /* Ends a try: reports and records its outcomes, and removes or reschedules the message. */
 static void conclude(struct message *m, struct draft *report)
 {
-    bool owed = false, recorded;
+    bool owed = count_owed(m) > 0, recorded;
 
-    for (size_t i = 0; i < m->count; i++)
-        owed = owed || m->recipients[i].outcome == LATER;
     hold_signals(true);         /* a process that ends between report and record causes a second report */
     recorded = !any_new(m, FAILED) || conclude_failures(m, report);
     if (recorded && write_outcomes(m, LATER) != RECORDED)
@@ -3166,40 +3188,31 @@ static enum reach try_message(struct batch *b, struct message *m, struct draft *
     return reach;
 }
 
-/* Tries a message once, and then the report on it if there is one; frees the message.  An
- * alarm kills this process if that takes twice the time of a try, even if the server is
- * gone. */
-static enum reach forward(struct batch *b, struct message *m)
+/* Reads and tries the message behind `fd`, which is locked, and then the report on it if
+ * there is one; closes `fd`.  An alarm kills this process if that takes twice the time of
+ * a try, even if the server is gone. */
+static enum reach forward(struct batch *b, int fd, const char *id)
 {
     struct draft report = { .fd = -1 };
-    enum reach reach;
+    struct batch alone = { .patient = true };       /* the report may go elsewhere, so it is no part of the batch */
+    enum reach reach = REACHED;
+    struct message m;
 
     try_end = clock_ms() + (int64_t)try_limit() * 1000;
     alarm((unsigned)(2 * try_limit()));
-    reach = try_message(b, m, &report);
-    message_free(m);
+    if (message_read(&m, fd, id))
+        reach = try_message(b, &m, &report);
+    else
+        log_unread(&m);
+    message_free(&m);
     if (report.fd >= 0) {
-        struct batch alone = { .patient = true };
-
-        if (message_read(m, report.fd, report.id))
-            try_message(&alone, m, &report);
-        message_free(m);
+        if (message_read(&m, report.fd, report.id))
+            try_message(&alone, &m, &report);
+        message_free(&m);
         drop_kept(&alone);
     }
     alarm(0);
     return reach;
-}
-
-/* Reads and tries the message behind `fd`, which is locked; closes `fd`. */
-static enum reach forward_file(struct batch *b, int fd, const char *id)
-{
-    struct message m;
-
-    if (message_read(&m, fd, id))
-        return forward(b, &m);
-    log_unread(&m);
-    message_free(&m);
-    return REACHED;
 }
 
 /* Writes a line on the due pipe.  If the pipe is full, nothing is lost: the queue manager
@@ -3222,11 +3235,11 @@ void draft_hand_over(const struct draft *d, uint32_t lane, int due_fd)
 void draft_forward(const struct draft *d, uint32_t lane, bool company, int due_fd)
 {
     struct batch alone = { .patient = true, .company = company };
-    enum reach reach = forward_file(&alone, d->fd, d->id);
+    enum reach reach = forward(&alone, d->fd, d->id);
 
     drop_kept(&alone);
     if (reach == NO_ROOM)
-        announce_due(d->id, lane, due_fd);      /* forward_file() has closed the draft */
+        announce_due(d->id, lane, due_fd);      /* forward() has closed the draft */
     _exit(0);
 }
 
@@ -3325,6 +3338,19 @@ static size_t list_share(const struct lane *l)
     return l->refusals > 0 ? BATCH_LIMIT : LISTED_LIMIT / 2;
 }
 
+/* Counts a listed message in with those of its lane that wait, or out again. */
+static void count_in(struct lane *l, const struct due *d)
+{
+    l->waiting++;
+    l->fresh += d->fresh ? 1 : 0;
+}
+
+static void count_out(struct lane *l, const struct due *d)
+{
+    l->waiting--;
+    l->fresh -= d->fresh ? 1 : 0;
+}
+
 /* Returns where in the list this id is, or would be. */
 static size_t find_listed(const char *id)
 {
@@ -3367,9 +3393,7 @@ static void list_due(const char *id, uint32_t lane, bool fresh)
     listed[i].lane = lane;
     listed[i].batch = 0;
     listed[i].fresh = fresh;
-    l->waiting++;
-    if (fresh)
-        l->fresh++;
+    count_in(l, &listed[i]);
 }
 
 /* ---- Batches ---- */
@@ -3424,7 +3448,7 @@ static void run_batch(struct batch b, char ids[][ID_SIZE], size_t count, pid_t m
 
         b.more = i + 1 < count;
         if (fd >= 0)
-            reach = forward_file(&b, fd, ids[i]);
+            reach = forward(&b, fd, ids[i]);
     }
     drop_kept(&b);
     _exit(reach == REACHED ? SERVED : NOT_SERVED);
@@ -3461,10 +3485,8 @@ static bool start_batch(struct lane *l)
     }
     for (size_t k = 0; k < count; k++) {
         listed[chosen[k]].batch = pid;
-        if (listed[chosen[k]].fresh)
-            l->fresh--;
+        count_out(l, &listed[chosen[k]]);
     }
-    l->waiting -= count;
     l->batches++;
     l->gap = l->allowed == 1;
     l->not_before = l->gap ? clock_ms() + BATCH_GAP : 0;
@@ -3479,20 +3501,18 @@ static size_t unlist(pid_t batch, struct lane *l)
     size_t left = 0, back = 0;
 
     for (size_t i = 0; i < listed_count; i++) {
-        if (listed[i].batch == batch) {
-            if (!is_due(listed[i].id))
+        struct due *d = &listed[i];
+
+        if (d->batch == batch) {
+            if (!is_due(d->id))
                 continue;
-            listed[i].batch = 0;
-            if (listed[i].fresh)
-                l->fresh++;
+            d->batch = 0;
+            count_in(l, d);
             back++;
         }
-        if (left < i)
-            listed[left] = listed[i];
-        left++;
+        listed[left++] = *d;
     }
     listed_count = left;
-    l->waiting += back;
     return back;
 }
 
@@ -3502,15 +3522,12 @@ static void shorten_list(struct lane *l)
     size_t left = 0, waiting = 0;
 
     for (size_t i = 0; i < listed_count; i++) {
-        if (listed[i].batch == 0 && listed[i].lane == l->lane && ++waiting > list_share(l)) {
-            l->waiting--;
-            if (listed[i].fresh)
-                l->fresh--;
-            continue;
-        }
-        if (left < i)
-            listed[left] = listed[i];
-        left++;
+        const struct due *d = &listed[i];
+
+        if (d->batch == 0 && d->lane == l->lane && ++waiting > list_share(l))
+            count_out(l, d);
+        else
+            listed[left++] = *d;
     }
     listed_count = left;
 }
@@ -3833,9 +3850,10 @@ static int compare_ids(const void *a, const void *b)
 /* Writes a duration as text: 90061 seconds are 1d01h01m. */
 static const char *duration(char text[32], int64_t seconds)
 {
+    if (seconds < 0)
+        seconds = 0;
     if (seconds < 3600)
-        snprintf(text, 32, "%lldm%02llds", (long long)(seconds > 0 ? seconds / 60 : 0),
-            (long long)(seconds > 0 ? seconds % 60 : 0));
+        snprintf(text, 32, "%lldm%02llds", (long long)(seconds / 60), (long long)(seconds % 60));
     else
         snprintf(text, 32, "%lldd%02lldh%02lldm", (long long)(seconds / 86400), (long long)(seconds / 3600 % 24),
             (long long)(seconds / 60 % 60));
@@ -3901,7 +3919,7 @@ static void list_message(const char *id, char **words, struct sums *sums)
     struct message m;
     struct stat st;
     int fd = open_message("queue", id, O_RDONLY);
-    unsigned long owed = 0;
+    size_t owed = 0;
 
     if (fd < 0)
         return;
@@ -3910,8 +3928,7 @@ static void list_message(const char *id, char **words, struct sums *sums)
             log_unread(&m);
     } else if (is_wanted(&m, words) && fstat(fd, &st) == 0) {
         print_message(&m, &st);
-        for (size_t i = 0; i < m.count; i++)
-            owed += m.recipients[i].outcome == LATER ? 1 : 0;
+        owed = count_owed(&m);
     }
     if (owed > 0) {
         sums->messages++;

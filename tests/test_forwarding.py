@@ -762,7 +762,7 @@ def at(key, **behaviour):
 @pytest.mark.parametrize("stage", STAGES)
 def test_4xx(pair, stage):
     pair.bad.set(**at(stage, replies={stage: "451-4.3.0 wait\n451 4.3.0 a while"}))
-    assert pair.expect_next().words == "451 4.3.0 wait 4.3.0 a while"
+    assert pair.expect_next("-w", 3).words == "451 4.3.0 wait 4.3.0 a while"
 
 
 @hostile
@@ -1146,7 +1146,7 @@ def test_half_a_reply(pair, stage):
 def test_reply_before_the_command(pair):
     """It has changed its mind right behind the greeting."""
     pair.bad.set(replies={"CONNECT": b"220 mx1 ESMTP\r\n421 4.3.2 too busy\r\n"})
-    assert pair.expect_next().words == "421 4.3.2 too busy"
+    assert pair.expect_next("-w", 3).words == "421 4.3.2 too busy"
 
 
 EARLY = {"CONNECT": b"220 mx\r\n250 mx\r\n", "EHLO": b"250 mx\r\n250 Ok\r\n", "HELO": b"250 mx\r\n250 Ok\r\n",
