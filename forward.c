@@ -1070,7 +1070,7 @@ struct exchange {
     unsigned messages;                  /* how many messages this connection has had */
     bool accepting;                     /* a recipient of the last message was accepted */
     bool unfinished;                    /* the last transaction did not come to its final dot: RSET has to end it */
-    const char *id;                     /* the message's id, for the log */
+    char id[ID_SIZE];                   /* of the message that it has or had last, for the log */
 
     int code;                           /* of the last reply; 0: none came, the connection is of no more use */
     char words[REPLY_SIZE];             /* the last reply as one line, or what went wrong instead */
@@ -2612,7 +2612,6 @@ static struct route *take_kept(struct batch *b, const char *domain, const char *
     for (struct exchange *x = route->x; x < route->x + route->count; x++)
         if (x != route->open)
             x->progress = UNTRIED;
-    route->open->id = id;
     logmsg("%s goes to %s, like the message before", id, route->open->label);
     b->route = NULL;
     return route;
@@ -2770,7 +2769,7 @@ static enum reach deliver(struct batch *b, struct message *m, struct recipient *
         find_route(route, domain);
     }
     for (size_t k = 0; k < route->count; k++)
-        route->x[k].id = m->id;
+        strcpy(route->x[k].id, m->id);
     if (route->count > 0) {
         survey(m);
         reach = try_exchangers(b, route, m, to, count);

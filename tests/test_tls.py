@@ -20,6 +20,7 @@ import sys
 import tempfile
 import termios
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -241,6 +242,16 @@ def test_an_exchanger_that_takes_one_message_by_a_connection(secure, relay):
     secure.exchanger.start()
     server.hangup_until(lambda: len(secure.exchanger.messages) == 6)
     assert {found.relay for found in server.outcomes("b@example.net")[6:]} == {label(secure.exchanger)}
+
+
+def test_the_log_of_a_connection_that_is_kept_for_no_message(secure, relay, tmp_path):
+    """A batch whose time is over ends it: that is logged with the id of the message that it had last."""
+    secure.exchanger.set(replies={".": lambda connection: time.sleep(1.2)})
+    server = relay("-j", 1, "-v", mx_port=secure.exchanger.port, spool=tmp_path / "other")
+    ids = [server.send(f"b{number}@example.net") for number in range(3)]
+    wait_for(lambda: not server.queue())
+    quits = server.logged(r"^(.*) \S+ C: QUIT$")
+    assert len(quits) >= 2 and {quit[1] for quit in quits} <= set(ids)
 
 
 def test_many_messages_by_one_connection(secure, relay):

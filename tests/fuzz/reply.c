@@ -138,7 +138,7 @@ static void exchanger_set(struct exchange *x, const char *says, size_t size, enu
     strcpy(x->label, "mx.example.net[192.0.2.1]");
     x->fd = EXCHANGER_FD;
     x->progress = GREETED;
-    x->id = MESSAGE_ID;
+    strcpy(x->id, MESSAGE_ID);
 }
 
 /* A reply that was read: one printable line, and its code is what it begins with. */
