@@ -1210,32 +1210,21 @@ static bool add_address(struct route *route, const char *name, unsigned preferen
     return true;
 }
 
-/* The smarthost cannot be used.  That is our operator's mistake, not the sender's: LATER. */
-static void no_smarthost(struct route *route, bool self)
-{
-    no_route(route, LATER, "4.4.4 the smarthost %s %s: name another with -s", settings.smarthost,
-        self ? "is this relay itself" : "has no usable address");
-}
-
-/* There are only addresses that -b leaves out.  That is our operator's choice, and may be
- * a mistake, so no mail is returned for it at once. */
-static void no_source(struct route *route)
-{
-    no_route(route, LATER, "4.4.4 there are only addresses of a family that -b leaves out");
-}
-
-/* No exchanger has a usable address.  `trouble` is why a query failed, or NULL; `self`:
- * this relay is one of the exchangers. */
+/* There is no address that could be used.  `trouble` is why a query failed, or NULL; `self`:
+ * this relay is one of the exchangers.  What our operator may have mistaken is LATER: it
+ * is not the sender's fault. */
 static void no_address(struct route *route, const char *trouble, bool self)
 {
     if (trouble != NULL)
         no_route(route, LATER, "4.4.3 no address of an exchanger: %s", trouble);
     else if (route->left_out)
-        no_source(route);
+        no_route(route, LATER, "4.4.4 there are only addresses of a family that -b leaves out");
     else if (settings.smarthost != NULL)
-        no_smarthost(route, self);
+        no_route(route, LATER, "4.4.4 the smarthost %s %s: name another with -s", settings.smarthost,
+            self ? "is this relay itself" : "has no usable address");
     else if (self)
-        no_route(route, FAILED, "5.4.6 mail for this domain would loop back to this relay");
+        no_route(route, FAILED, "5.4.6 mail for this %s would loop back to this relay",
+            route->domain[0] == '[' ? "address" : "domain");
     else
         no_route(route, FAILED, "5.4.4 no exchanger of this domain has a usable address");
 }
@@ -1356,14 +1345,10 @@ static void find_route(struct route *route, const char *domain)
     if (known) {
         bool self = !add_address(route, address_text(&a, text), 0, a, port);
 
-        if (route->left_out)
-            no_source(route);
-        else if (settings.smarthost != NULL && route->count == 0)
-            no_smarthost(route, self);
-        else if (self)
-            no_route(route, FAILED, "5.4.6 mail for this address would loop back to this relay");
-        else if (route->count == 0)
+        if (route->count == 0 && !self && !route->left_out && settings.smarthost == NULL)
             no_route(route, FAILED, "5.1.2 nobody has the address %s", text);
+        else if (route->count == 0)
+            no_address(route, NULL, self);
     } else if (settings.smarthost != NULL) {
         strcpy(host.name, settings.smarthost);
         add_exchangers(route, &host, 1, port);
@@ -3011,7 +2996,7 @@ static void try_party(struct batch *b, struct message *m, const struct party *p,
     size_t size;
     char *text;
 
-    alarm((unsigned)(2 * try_limit()));
+    alarm((unsigned)(2 * try_limit()));     /* fork() has cleared the parent's */
     if (!lock_octets(m->fd, F_WRLCK, number, 1) || getppid() != parent)
         _exit(SERVED);
     m->part = true;
@@ -3047,11 +3032,8 @@ static void end_party(struct party *parties, size_t count, pid_t child, int stat
             parties[i].dead = WIFEXITED(status) && WEXITSTATUS(status) == NOT_SERVED;
 }
 
-/* Reads what the children have recorded, and the failures that they have passed on.  A
- * domain that was not reached is noted, so that the next message of the batch does not
- * wait for it. */
-static void read_results(struct batch *b, struct message *m, const struct draft *failures, const struct party *parties,
-    size_t count)
+/* Reads what the children have recorded, and the failures that they have passed on. */
+static void read_results(struct message *m, const struct draft *failures)
 {
     struct reader r = { .fd = failures->fd };
     char *line;
@@ -3063,6 +3045,12 @@ static void read_results(struct batch *b, struct message *m, const struct draft 
         apply_outcome(m, line);
     for (size_t i = 0; i < m->count; i++)
         m->recipients[i].unrecorded = m->recipients[i].unrecorded && m->recipients[i].outcome == FAILED;
+}
+
+/* Notes the domains of which no exchanger was reached, so that the next message of the
+ * batch does not wait for them. */
+static void note_dead_parties(struct batch *b, const struct party *parties, size_t count)
+{
     for (size_t i = 0; i < count; i++) {
         const struct recipient *first = parties[i].to[0];
 
@@ -3098,8 +3086,9 @@ static void deliver_parties(struct batch *b, struct message *m, struct party *pa
             running--;
         }
     }
-    read_results(b, m, &failures, parties, begun);
+    read_results(m, &failures);
     draft_drop(&failures);
+    note_dead_parties(b, parties, begun);
 }
 
 /* Removes a report again.  This process still has it locked, so no other can have sent it. */
@@ -3273,7 +3262,6 @@ struct lane {
     unsigned allowed;       /* how many may be running */
     unsigned refusals;      /* batches in a row that were not served, with no other batch running */
     int64_t not_before;     /* by clock_ms(): no batch starts before */
-    bool gap;               /* not_before only lets more messages gather: if many wait, it does not count */
 };
 
 static struct lane lanes[LISTED_LIMIT];
@@ -3487,8 +3475,7 @@ static bool start_batch(struct lane *l)
         count_out(l, &listed[chosen[k]]);
     }
     l->batches++;
-    l->gap = l->allowed == 1;
-    l->not_before = l->gap ? clock_ms() + BATCH_GAP : 0;
+    l->not_before = l->allowed == 1 ? clock_ms() + BATCH_GAP : 0;
     batches[batch_count++] = (struct batch_process){ pid, l->lane, count };
     return true;
 }
@@ -3555,7 +3542,6 @@ static void end_batch(const struct batch_process *p, bool served)
     for (unsigned i = 0; i < l->refusals && pause < NAP_LIMIT * 1000; i++)
         pause *= 2;
     l->refusals++;
-    l->gap = false;
     l->not_before = clock_ms() + pause;
     shorten_list(l);
 }
@@ -3581,10 +3567,11 @@ static void reap_batches(void)
 }
 
 /* Returns when, by clock_ms(), this lane may start its next batch.  A batch costs a process
- * and a connection: if one at a time is enough, it waits a moment for more messages. */
+ * and a connection: if one at a time is enough, it waits a moment for more messages, but
+ * not if many wait already.  If the last batch was not served, that is no matter. */
 static int64_t start_time(const struct lane *l)
 {
-    return l->gap && l->waiting >= BATCH_WORTH ? 0 : l->not_before;
+    return l->refusals == 0 && l->waiting >= BATCH_WORTH ? 0 : l->not_before;
 }
 
 /* Whether this lane may start a batch now.  A quarter of the slots is left to lanes that
