@@ -679,6 +679,7 @@ def graded(tmp_path_factory):
         subprocess.run(["patch", "-s", "-p0", "-i", grade.solution(number)], cwd=tree, check=True)
         return before, subprocess.run(command, capture_output=True, text=True)
 
+    tmp_path_factory.getbasetemp()      # the first call makes it: two threads would make two
     with concurrent.futures.ThreadPoolExecutor(len(grade.EXERCISES)) as pool:
         yield {number: pool.submit(both, number) for number in grade.EXERCISES}
 
