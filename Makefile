@@ -11,8 +11,11 @@ PREFIX = /usr/local
 SBINDIR = $(PREFIX)/sbin
 MANDIR = $(PREFIX)/share/man
 
+# Bound at the start where the linker can do that, or each child that is forked binds its functions anew.
+BIND = -Wl,-z,now
+
 smtp: $(OBJECTS)
-	$(CC) $(LDFLAGS) -o smtp $(OBJECTS)
+	$(CC) $(BIND) $(LDFLAGS) -o smtp $(OBJECTS) 2>/dev/null || $(CC) $(LDFLAGS) -o smtp $(OBJECTS)
 
 $(OBJECTS): smtp.h
 
