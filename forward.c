@@ -2541,7 +2541,7 @@ static bool any_owed(struct recipient **to, size_t count)
  * If the child that stored a message forwards it, that is a batch of one. */
 struct batch {
     bool more;              /* another message follows: an open connection is worth keeping */
-    bool patient;           /* if an exchanger has no room, the message is given back and nothing recorded */
+    bool patient;           /* if an exchanger has no room, the message waits for it; else that counts like silence */
     bool company;           /* other processes have connections in this lane: a refused connect() means no room, too */
     struct route *route;    /* the last message's route, if its connection is kept open; else NULL */
     char dead[PATH_LIMIT];  /* the domain whose exchangers were not reached; "*": the smarthost; "": none ... */
@@ -2684,8 +2684,8 @@ static void blame(const struct route *route, enum outcome outcome, struct recipi
 }
 
 /* Whether all exchangers greeted with a 5xx: then the domain accepts no mail (RFC 5321 3.1).
- * Addresses that this machine has no network for are left out of account.  An exchanger
- * whose address could not be looked up might accept mail. */
+ * Addresses that this machine has no network for do not count.  An exchanger whose address
+ * could not be looked up might accept mail. */
 static bool all_refuse(const struct route *route)
 {
     bool any = false;
@@ -3568,7 +3568,7 @@ static void reap_batches(void)
 
 /* Returns when, by clock_ms(), this lane may start its next batch.  A batch costs a process
  * and a connection: if one at a time is enough, it waits a moment for more messages, but
- * not if many wait already.  If the last batch was not served, that is no matter. */
+ * not if many wait already.  A pause because the last batch was not served is kept. */
 static int64_t start_time(const struct lane *l)
 {
     return l->refusals == 0 && l->waiting >= BATCH_WORTH ? 0 : l->not_before;
