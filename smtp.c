@@ -2208,9 +2208,9 @@ static bool look_up(const char *name, struct account *account)
 {
     int ends[2];
     ssize_t size;
-    pid_t pid;
+    pid_t pid = pipe(ends) == 0 ? fork() : -1;
 
-    if (pipe(ends) != 0 || (pid = fork()) < 0)
+    if (pid < 0)
         die("cannot look up user %s", name);
     if (pid == 0) {
         const struct passwd *user = getpwnam(name);
