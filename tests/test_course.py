@@ -194,14 +194,15 @@ def test_who_never_reads_disturbs_nobody_else(number, start, dns):
 
 
 @pytest.mark.parametrize("number", "23456")
-def test_more_clients_than_descriptors(number, start, dns):
-    """The rest wait, at no cost, and are served when there is room."""
-    server = start(number, *arguments(number, dns), limit=64)
-    room = 48 if number < "4" else 24
+def test_more_clients_than_there_is_room_for(number, start, dns):
+    """The rest wait in the kernel's queue, at no cost, and are served when there is room."""
+    server = start(number, *arguments(number, dns))
+    room = int(re.search(r"CLIENTS = (\d+)", course.source(number).read_text())[1])
     with contextlib.ExitStack() as stack:
         clients = [stack.enter_context(server.client()) for _ in range(room)]
         late = stack.enter_context(server.client(greeting=False))
         assert clients[-1].say("NOOP") == "250 2.0.0 Ok"
+        assert not course.readable(late.sock, 0)
         clients[3].say("QUIT")
         assert late.reply().startswith("220 ")
 
@@ -215,23 +216,23 @@ def test_the_order_of_commands(number, start, dns):
     with server.client() as client:
         lab.transcript(client, """
             C: MAIL FROM:<a@example.org>
-            S: 503 5.5.1 Error: send HELO/EHLO first
+            S: 503 5.5.1 Error: bad sequence of commands
             C: HELO
-            S: 501 Syntax: HELO hostname
+            S: 500 5.5.2 Error: command not recognized
             C: EHLO me.com
             S: 250 <port> OK
             C: RCPT TO:<b@example.net>
-            S: 503 5.5.1 Error: need MAIL command
+            S: 503 5.5.1 Error: bad sequence of commands
             C: DATA
-            S: 503 5.5.1 Error: need MAIL command
+            S: 503 5.5.1 Error: bad sequence of commands
             C: MAIL FROM:a@example.org
             S: 501 5.5.4 Syntax: MAIL FROM:<address>
             C: mail from:<>
             S: 250 2.1.0 Ok
             C: MAIL FROM:<a@example.org>
-            S: 503 5.5.1 Error: nested MAIL command
+            S: 503 5.5.1 Error: bad sequence of commands
             C: DATA
-            S: 503 5.5.1 Error: need RCPT command
+            S: 503 5.5.1 Error: bad sequence of commands
             C: RCPT TO:<b@>
             S: 501 5.5.4 Syntax: RCPT TO:<address>
             C: RCPT TO:<>
@@ -241,7 +242,7 @@ def test_the_order_of_commands(number, start, dns):
             C: RSET
             S: 250 2.0.0 Ok
             C: DATA
-            S: 503 5.5.1 Error: need MAIL command
+            S: 503 5.5.1 Error: bad sequence of commands
             C: QUIT
             S: 221 2.0.0 OK
             S: <close>
@@ -260,17 +261,6 @@ def test_what_no_line_may_hold(number, octets, start, dns):
         assert client.say("NOOP") == "250 2.0.0 Ok"
         assert client.say("QUIT") == "221 2.0.0 OK"
         assert client.eof()
-
-
-@pytest.mark.parametrize("number", "3456")
-def test_recipients_have_a_limit(number, start, dns):
-    server = start(number, *arguments(number, dns))
-    with server.client() as client:
-        client.say("HELO me.com")
-        client.say("MAIL FROM:<a@example.org>")
-        for i in range(100):
-            assert client.say(f"RCPT TO:<{i}@example.net>") == "250 2.1.5 Ok"
-        assert client.say("RCPT TO:<one.more@example.net>").startswith("452 4.5.3 ")
 
 
 def test_the_third_prints_messages(start):
@@ -340,14 +330,14 @@ def test_what_was_acknowledged_survives_kill_9(number, start, dns, tmp_path):
 def test_the_fourth_answers_after_the_last_sync(start, strace, tmp_path):
     """The order of its calls is the whole point."""
     server = start("4")
-    with server.client() as client, strace(server.process.pid, "trace=fsync,rename,write") as trace:
+    with server.client() as client, strace(server.process.pid, "trace=fsync,/^rename,write") as trace:
         reply = client.deliver("a@example.org", ["b@example.net"], "x\n")
         text = wait_for(lambda: trace() if "queued as" in trace() else None)
     assert reply.startswith("250 2.0.0 Ok: queued as ")
-    calls = re.findall(r"^\d+ +(fsync\(\d+<[^>]*/(?:tmp|queue)\b|rename|write\(\d+<[^>]*>, \"250 2\.0\.0 Ok: q)",
+    calls = re.findall(r"^\d+ +(fsync\(\d+<[^>]*/(?:tmp|queue)\b|rename\w*|write\(\d+<[^>]*>, \"250 2\.0\.0 Ok: q)",
                        text, re.MULTILINE)
     assert len(calls) == 4, text
-    assert "tmp" in calls[0] and calls[1] == "rename" and "queue" in calls[2] and calls[3].startswith("write")
+    assert "tmp" in calls[0] and calls[1].startswith("rename") and "queue" in calls[2] and calls[3].startswith("write")
 
 
 @pytest.mark.parametrize("number", "456")
@@ -395,7 +385,7 @@ def test_forwarding(forwarder, near, tmp_path):
     assert sorted(message.recipients for message in messages) == [["<a@example.net>"], ["<b@example.net>"]]
     for message in messages:
         assert message.reverse_path == "<nour@example.org>"
-        assert re.fullmatch(rb"Received: from me\.com \(\[127\.0\.0\.1\]:\d+\)\r\n\tby \S+ with SMTP id \S+;\r\n"
+        assert re.fullmatch(rb"Received: from \[127\.0\.0\.1\] \(port \d+\)\r\n\tby \S+ with SMTP id \S+;\r\n"
                             rb"\t\w{3}, \d\d \w{3} \d{4} [0-9:]{8} \+0000\r\n"
                             + LETTER.replace("\n", "\r\n").encode(), message.data)
 
@@ -407,9 +397,10 @@ def test_each_recipient_has_its_own_outcome(forwarder, near, tmp_path):
     id = deliver(server, "later@example.net", "never@example.net", "now@example.net")
     wait_for(lambda: len(server.logged(re.escape(id))) == 3)
     text = (tmp_path / "spool/queue" / id).read_bytes()
-    assert text.endswith(b"\r\n.\r\nlater <later@example.net> 451 4.7.1 greylisted\r\n"
-                         b"failed <never@example.net> 550 5.1.1 no such user\r\n"
-                         b"sent <now@example.net> 250 2.0.0 Ok\r\n")
+    assert text.startswith(b"MAIL FROM:<nour@example.org>\r\nRCPT TO:<later@example.net>\r\n"
+                           b"FAIL TO:<never@example.net>\r\nSENT TO:<now@example.net>\r\nDATA\r\n")
+    assert server.logged(r"RCPT TO:<later@example\.net> \(451 4\.7\.1 greylisted\)$")
+    assert server.logged(r"FAIL TO:<never@example\.net> \(550 5\.1\.1 no such user\)$")
     wait_for(lambda: near.connections and all(connection.closed for connection in near.connections))
     wait_for(lambda: os.kill(server.process.pid, signal.SIGALRM) or len(near.messages) == 2)
     wait_until_empty(tmp_path)
@@ -421,7 +412,7 @@ def test_what_waits_is_tried_at_the_next_start(forwarder, near, tmp_path):
     near.set(drop_at="CONNECT")
     server = forwarder()
     deliver(server, "a@example.net")
-    wait_for(lambda: server.logged("later <a@example.net> "))
+    wait_for(lambda: server.logged("RCPT TO:<a@example.net> "))
     server.kill()
     near.set(drop_at=None)
     forwarder()
@@ -516,17 +507,6 @@ def test_the_next_preference_when_the_first_is_of_no_use(trouble, start, dns):
     first.stop() if trouble is not None else None
 
 
-def test_a_loser_of_the_race_is_asked_when_the_winner_fails(start, dns):
-    winner, loser = exchangers(2)
-    winner.set(replies={"MAIL": "451 4.3.0 later"})
-    loser.set(greeting_delay=0.3)
-    dns.mail("example.net", (10, winner), (10, loser))
-    deliver(relay(start, dns, winner.port), "a@example.net")
-    loser.wait_for_messages(1)
-    winner.stop()
-    loser.stop()
-
-
 def test_a_domain_without_mx_is_its_own_exchanger(start, dns, near):
     dns.a("example.net", near.host)
     deliver(relay(start, dns, near.port), "a@example.net")
@@ -545,7 +525,7 @@ def test_a_domain_that_does_not_exist(start, dns, tmp_path):
     server = relay(start, dns, 1)
     id = deliver(server, "a@nowhere.example")
     wait_for(lambda: [path.name for path in files(tmp_path / "spool/failed")] == [id])
-    assert server.logged(rf"{id} failed <a@nowhere\.example> \(there is no such domain\)")
+    assert server.logged(rf"{id} FAIL TO:<a@nowhere\.example> \(there is no such domain\)")
 
 
 @pytest.mark.parametrize("rcode", [2, 5])
@@ -553,7 +533,7 @@ def test_a_name_server_in_trouble(rcode, start, dns):
     dns.rcode("example.net", rcode)
     server = relay(start, dns, 1)
     deliver(server, "a@example.net")
-    wait_for(lambda: server.logged("later <a@example.net> "))
+    wait_for(lambda: server.logged("RCPT TO:<a@example.net> "))
 
 
 def test_a_lost_packet(start, dns, near):
@@ -597,7 +577,7 @@ def test_a_malformed_answer_is_trouble_and_no_more(wire, start, dns):
                                           + lab.record(lab.TO_QUESTION, "MX", b"\0\x0a" + wire)), "MX")
     server = relay(start, dns, 1)
     deliver(server, "a@example.net")
-    wait_for(lambda: server.logged("later <a@example.net> "))
+    wait_for(lambda: server.logged("RCPT TO:<a@example.net> "))
 
 
 # ---- The chapters -----------------------------------------------------------------------

@@ -171,7 +171,7 @@ then what they mean (RFC 1035, section 4.1). All numbers have the most significa
 {dissect(query)}
 ## The answer: {len(answer)} octets
 
-`read_answer()` compares the first {len(query)} octets with the query, and `take_record()` reads the rest.
+`dns_ask()` compares the first {len(query)} octets with the query, and `read_answer()` reads the rest.
 
 {dissect(answer)}
 Look at the pointers. The owner of each record is the name that was asked for, and that stands at 12, in the question:

@@ -5,11 +5,10 @@
  *
  * listens on 127.0.0.1 port 2525.
  *
- * New since program 1: Sessions, and The loop.  To be read from the end.
+ * New since program 1: sessions[], welcome() and run().  Read it from the end.
  */
 #define _POSIX_C_SOURCE 200809L
 
-#include <errno.h>
 #include <fcntl.h>
 #include <netinet/in.h>
 #include <signal.h>
@@ -24,8 +23,8 @@
 #include <unistd.h>
 
 enum {
-    LINE_SIZE = 2048,       /* no line is longer: RFC 5321 4.5.3.1.6 allows 1,000 octets */
-    RESERVE = 16            /* descriptors that are no client's */
+    LINE_SIZE = 2048,           /* no line is longer: RFC 5321 4.5.3.1.6 allows 1,000 octets */
+    CLIENTS = 400               /* at once: a set has room for FD_SETSIZE descriptors, 1,024 */
 };
 
 static void die(const char *what)
@@ -34,111 +33,83 @@ static void die(const char *what)
     exit(1);
 }
 
-/* ---- Lines ----------------------------------------------------------------- */
+static struct session {
+    int fd;                 /* the client */
+    unsigned port;          /* the client's */
+    bool gone;              /* the last reply is sent: run() closes the session */
+    char in[LINE_SIZE];     /* received, not yet consumed */
+    size_t size;
+} sessions[FD_SETSIZE];     /* by descriptor */
+static fd_set watched;      /* all clients; and the listener, while there is room for one more */
+static int listener, clients;
 
-struct line {
-    size_t length;  /* octets of text, the line end left out */
-    size_t used;    /* octets to consume, line end included; 0: the end is not here yet */
-};
+/* Sends a reply.  A client that leaves no room for it has stopped reading, and is given up. */
+static void reply(struct session *s, const char *format, ...)
+{
+    va_list arguments;
 
-/* A line ends at CRLF and nowhere else: RFC 5321 2.3.8. */
-static struct line next_line(const char *bytes, size_t size)
+    va_start(arguments, format);
+    if (vdprintf(s->fd, format, arguments) < 0)
+        s->gone = true;
+    va_end(arguments);
+}
+
+static void take_command(struct session *s, const char *line)
+{
+    if (strncasecmp(line, "HELO ", 5) == 0) {
+        reply(s, "250 %u OK\r\n", s->port);
+    } else if (strcasecmp(line, "NOOP") == 0) {
+        reply(s, "250 2.0.0 Ok\r\n");
+    } else if (strcasecmp(line, "QUIT") == 0) {
+        reply(s, "221 2.0.0 OK\r\n");
+        s->gone = true;
+    } else {
+        reply(s, "500 5.5.2 Error: command not recognized\r\n");
+    }
+}
+
+/* Returns the size of the first line, or 0 if its end has not come yet.  A line ends at CR LF
+ * and nowhere else: RFC 5321 2.3.8. */
+static size_t next_line(const char *bytes, size_t size)
 {
     for (size_t i = 1; i < size; i++)
         if (bytes[i - 1] == '\r' && bytes[i] == '\n')
-            return (struct line){ i - 1, i + 1 };
-    return (struct line){ size, 0 };
+            return i + 1;
+    return 0;
 }
 
-static bool starts(const char *text, const char *with)
-{
-    return strncasecmp(text, with, strlen(with)) == 0;
-}
-
-/* ---- Sessions -------------------------------------------------------------- */
-
-struct session {
-    int fd;                 /* the client */
-    bool gone;              /* the last reply is given: the loop closes it */
-    unsigned port;          /* the client's */
-    char in[LINE_SIZE];     /* received, not yet consumed */
-    size_t size;
-};
-
-static struct session sessions[FD_SETSIZE];
-static size_t session_count, session_limit;
-static int listener;
-
-/* The one way to tell a client something.  A client whose side has no room for another
- * reply has stopped reading them: it is given up. */
-static void reply(struct session *s, const char *format, ...)
-{
-    char text[512];         /* RFC 5321 4.5.3.1.5 */
-    va_list arguments;
-    int size;
-
-    va_start(arguments, format);
-    size = vsnprintf(text, sizeof text - 2, format, arguments);
-    va_end(arguments);
-    memcpy(text + size, "\r\n", 2);
-    if (write(s->fd, text, (size_t)size + 2) != size + 2)
-        s->gone = true;
-}
-
-/* ---- Commands -------------------------------------------------------------- */
-
-static void take_command(struct session *s, size_t length)
-{
-    s->in[length] = '\0';
-    if (starts(s->in, "HELO ")) {
-        reply(s, "250 %u OK", s->port);
-    } else if (starts(s->in, "NOOP")) {
-        reply(s, "250 2.0.0 Ok");
-    } else if (starts(s->in, "QUIT")) {
-        reply(s, "221 2.0.0 OK");
-        s->gone = true;
-    } else {
-        reply(s, "500 5.5.2 Error: command not recognized");
-    }
-}
-
-/* ---- The loop -------------------------------------------------------------- */
-
-/* Answers all whole lines there are.  What is left waits for the rest of its line. */
+/* Takes all whole lines.  What is left is the beginning of one, and waits for the rest. */
 static void converse(struct session *s)
 {
-    struct line line;
+    size_t size;
 
-    while (!s->gone && (line = next_line(s->in, s->size)).used > 0) {
-        take_command(s, line.length);
-        s->size -= line.used;
-        memmove(s->in, s->in + line.used, s->size);
+    while (!s->gone && (size = next_line(s->in, s->size)) > 0) {
+        s->in[strcspn(s->in, "\r\n")] = '\0';
+        take_command(s, s->in);
+        s->size -= size;
+        memmove(s->in, s->in + size, s->size);
     }
     if (!s->gone && s->size == LINE_SIZE) {
-        reply(s, "500 5.5.2 Error: line too long");
+        reply(s, "500 5.5.2 Error: line too long\r\n");
         s->gone = true;
     }
 }
 
-/* Reads once from a client. */
+/* Reads what has come from a client: it may be any part of a line. */
 static void hear(struct session *s)
 {
     ssize_t n = read(s->fd, s->in + s->size, LINE_SIZE - s->size);
 
-    if (n < 0 && errno == EAGAIN)
-        return;
-    if (n <= 0) {
-        s->gone = true;
-        return;
-    }
-    s->size += (size_t)n;
+    if (n <= 0)
+        s->gone = true;    /* the client has closed its side, or is lost */
+    else
+        s->size += (size_t)n;
     converse(s);
 }
 
-/* That the listening socket is readable promises nothing: the client may have left. */
+/* Accepts a client.  It may have left: that the listener was readable promises nothing. */
 static void welcome(void)
 {
-    struct session *s = &sessions[session_count];
     struct sockaddr_in peer;
     socklen_t size = sizeof peer;
     int fd = accept(listener, (struct sockaddr *)&peer, &size);
@@ -146,58 +117,41 @@ static void welcome(void)
     if (fd < 0)
         return;
     fcntl(fd, F_SETFL, O_NONBLOCK);
-    *s = (struct session){ .fd = fd, .port = ntohs(peer.sin_port) };
-    session_count++;
-    reply(s, "220 localhost ESMTP");
-}
-
-/* Waits until something happens. */
-static void wait_for_events(fd_set *readable)
-{
-    int top = listener;
-
-    FD_ZERO(readable);          /* select() changes its sets: they are made anew each time */
-    if (session_count < session_limit)
-        FD_SET(listener, readable);
-    for (const struct session *s = sessions; s < sessions + session_count; s++) {
-        FD_SET(s->fd, readable);
-        top = s->fd > top ? s->fd : top;
-    }
-    if (select(top + 1, readable, NULL, NULL, NULL) < 0)
-        FD_ZERO(readable);
-}
-
-static void reap_sessions(void)
-{
-    for (size_t i = session_count; i-- > 0; ) {
-        if (!sessions[i].gone)
-            continue;
-        close(sessions[i].fd);
-        sessions[i] = sessions[--session_count];
-    }
+    FD_SET(fd, &watched);
+    if (++clients == CLIENTS)
+        FD_CLR(listener, &watched);
+    sessions[fd] = (struct session){ .fd = fd, .port = ntohs(peer.sin_port) };
+    reply(&sessions[fd], "220 localhost ESMTP\r\n");
 }
 
 static void run(void)
 {
     for (;;) {
-        fd_set readable;
+        fd_set readable = watched;      /* a copy, because select() changes it */
 
-        wait_for_events(&readable);
-        for (size_t i = 0; i < session_count; i++)
-            if (FD_ISSET(sessions[i].fd, &readable))
-                hear(&sessions[i]);
-        if (FD_ISSET(listener, &readable))
-            welcome();
-        reap_sessions();
+        if (select(FD_SETSIZE, &readable, NULL, NULL, NULL) < 0)
+            continue;
+        for (int fd = 0; fd < FD_SETSIZE; fd++) {
+            if (!FD_ISSET(fd, &readable))
+                continue;
+            if (fd == listener)
+                welcome();
+            else
+                hear(&sessions[fd]);
+            if (sessions[fd].gone) {
+                close(fd);
+                FD_CLR(fd, &watched);
+                FD_SET(listener, &watched);
+                clients--;
+            }
+        }
     }
 }
 
-/* ---- Start ----------------------------------------------------------------- */
-
 static void listen_on(const char *port)
 {
-    const int on = 1;
     struct sockaddr_in a = { .sin_family = AF_INET, .sin_port = htons((in_port_t)atoi(port)) };
+    int on = 1;
 
     a.sin_addr.s_addr = htonl(INADDR_LOOPBACK);     /* 127.0.0.1: this machine only */
     listener = socket(AF_INET, SOCK_STREAM, 0);
@@ -205,20 +159,17 @@ static void listen_on(const char *port)
     if (bind(listener, (struct sockaddr *)&a, sizeof a) != 0 || listen(listener, SOMAXCONN) != 0)
         die("cannot listen");
     fcntl(listener, F_SETFL, O_NONBLOCK);
+    FD_SET(listener, &watched);
     fprintf(stderr, "listening on 127.0.0.1 port %s\n", port);
 }
 
 int main(int argc, char **argv)
 {
-    long limit = sysconf(_SC_OPEN_MAX);
-
     if (argc != 2) {
         fprintf(stderr, "usage: %s port\n", argv[0]);
         return 2;
     }
-    session_limit = (size_t)((limit < 0 || limit > FD_SETSIZE ? FD_SETSIZE : limit) - RESERVE);
-    signal(SIGPIPE, SIG_IGN);       /* write() says it: EPIPE */
+    signal(SIGPIPE, SIG_IGN);       /* write() fails with EPIPE instead */
     listen_on(argv[1]);
     run();
-    return 0;
 }

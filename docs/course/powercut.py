@@ -1,6 +1,6 @@
 """What would a power cut leave?  Reads a log of strace(1) and keeps account of it.
 
-    strace -f -y -o trace -e trace=openat,write,fsync,rename ./4-spool 2525 spool
+    strace -f -y -o trace -e trace=openat,write,fsync,/^rename ./4-spool 2525 spool
     python3 powercut.py trace
 
 The kernel keeps what is written in memory and brings it to the disk when it likes.  What
@@ -42,7 +42,7 @@ def main(path):
             name.update(dict.fromkeys(name, True))
         elif what == "fsync":
             content[id] = True
-        elif what == "rename":
+        elif what.startswith("rename"):
             name[os.path.basename(arguments.split('"')[3])] = False
         told = re.search(r"250 2\.0\.0 Ok: queued as (\S+?)(?:\\r|\")", arguments)
         if what == "write" and told:

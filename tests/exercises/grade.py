@@ -173,7 +173,7 @@ def exercise_5(tree):
     said = client.say("HELP")
     need(said.startswith("214 "), f"HELP is answered {said!r}; it has to be a reply that begins with 214")
     rows = re.search(r"commands\[\] = \{(.*?)\n\};", course.source(3, tree.course).read_text(), re.DOTALL)[1]
-    for verb in re.findall(r'\{ "([A-Z]+)"', rows):
+    for verb in re.findall(r'\{ "([A-Z]+)', rows):
         need(verb in said.split(), f"the reply to HELP does not name {verb}, which is in the table: {said!r}")
     need(client.say("help me").startswith("214 "), "help, in small letters and with an argument, is not answered 214")
 
@@ -211,10 +211,11 @@ def exercise_7(tree):
 
 
 KIND = [("    for (size_t i = 1; i < size; i++)\n        if (bytes[i - 1] == '\\r' && bytes[i] == '\\n')\n"
-         "            return (struct line){ i - 1, i + 1 };",
+         "            return i + 1;",
          "    for (size_t i = 0; i < size; i++)\n        if (bytes[i] == '\\n' || bytes[i] == '\\r')\n"
-         "        {\n            size_t more = bytes[i] == '\\r' && i + 1 < size && bytes[i + 1] == '\\n';\n"
-         "            return (struct line){ i, i + 1 + more };\n        }")]
+         "            return i + 1 + (bytes[i] == '\\r' && i + 1 < size && bytes[i + 1] == '\\n');"),
+        ('if (strcspn(s->in, "\\r\\n") != size - 2)', 'if (s->in[strcspn(s->in, "\\r\\n")] == 0)'),
+        ("if (size != 3 || s->in", 'if (strcspn(s->in, "\\r\\n") != 1 || s->in')]
 
 
 def exercise_8(tree):
@@ -250,11 +251,11 @@ def exercise_9(tree):
     check = tree.file("check.sh", "it is to be the test that you write")
     faults = [
         ("as it is", [], 0),
-        ("without fsync() of the file", [(" && fsync(d->fd) == 0", "")], 1),
-        ("without fsync() of the directory", [('\n        && sync_directory("queue");', ";")], 1),
-        ("with fsync() of the directory before the rename()", [
-            ('\n        && sync_directory("queue");', ";"),
-            (" && rename(path,", ' && sync_directory("queue") && rename(path,')], 1)]
+        ("without fsync() of the file", [(" && fsync(fileno(s->draft)) == 0", "")], 1),
+        ("without fsync() of the directory", [("\n        && fsync(queue_dir) == 0;", ";")], 1),
+        ("with fsync() of the directory before the renameat()", [
+            ("\n        && fsync(queue_dir) == 0;", ";"),
+            ("&& renameat(", "&& fsync(queue_dir) == 0 && renameat(")], 1)]
     for words, changes, expected in faults:
         program = tree.build(4, changes)
         directory = Path(tempfile.mkdtemp(dir=tree.scratch.name))
@@ -283,21 +284,20 @@ def exercise_10(tree):
 
 
 def exercise_11(tree):
-    """torn record"""
-    exchanger = tree.exchanger()
+    """give up"""
+    exchanger = tree.exchanger(replies={"RCPT": "451 4.7.1 not now"})
     queue = tree.spool() / "queue"
     queue.mkdir(parents=True)
-    letter = ("MAIL FROM:<a@example.org>\r\nRCPT TO:<b@example.net>\r\nRCPT TO:<c@example.net>\r\nDATA\r\nx\r\n.\r\n"
-              "sent <b@example.net> 250 2.0.0 Ok\r\nlater <c@exam")
-    (queue / "1.000001-1").write_bytes(letter.encode())
-    exchanger.set(replies={"RCPT": ["451 4.7.1 not now"]})
+    for name, days in ("1-1-1", 6), ("1-1-2", 4):
+        (queue / name).write_bytes(b"MAIL FROM:<a@example.org>\r\nRCPT TO:<b@example.net>\r\nDATA\r\nx\r\n.\r\n")
+        os.utime(queue / name, (time.time() - days * 86400,) * 2)
     server = tree.run(5, tree.spool(), exchanger.host, exchanger.port)
-    within(10, lambda: server.logged("later <c@example.net>"), "the message with a torn last line is not tried at all")
-    text = (queue / "1.000001-1").read_text()
-    need(text.endswith("250 2.0.0 Ok\nlater <c@example.net> 451 4.7.1 not now\n"),
-         "the torn last line 'later <c@exam' has to be cut away before the next one is written; the file ends:\n"
-         + text.rpartition("\n.\n")[2])
-    need([message.recipients for message in exchanger.messages] == [], "somebody got the message twice")
+    within(10, lambda: len(server.logged("TO:<b@example.net> [(]451 4.7.1 not now")) == 2,
+           "not each of two messages in the queue was tried, and has its line in the log")
+    within(5, lambda: files(tree.spool() / "failed") == ["1-1-1"],
+           "a message that is six days old, and was tried in vain, has to be in failed/; there is "
+           + " ".join(files(tree.spool() / "failed") or ["nothing"]))
+    need(files(queue) == ["1-1-2"], "a message that is only four days old has to stay in the queue")
 
 
 def exercise_12(tree):
@@ -356,10 +356,10 @@ def exercise_14(tree):
     need([message.recipients for message in exchanger.messages] == [["<a@example.net>", "<b@example.net>"]],
          "the two recipients that were accepted have to get the message in one transaction; the exchanger has taken "
          f"messages for {[message.recipients for message in exchanger.messages]}")
-    text = (tree.spool() / "queue" / files(tree.spool() / "queue")[0]).read_text().rpartition("\n.\n")[2]
-    need(sorted(line.split()[0] + line.split()[1] for line in text.splitlines())
-         == ["failed<no@example.net>", "later<later@example.net>", "sent<a@example.net>", "sent<b@example.net>"],
-         f"each recipient has to have its own outcome; below the dot stands:\n{text}")
+    text = (tree.spool() / "queue" / files(tree.spool() / "queue")[0]).read_text().partition("\nDATA\n")[0]
+    need(text.splitlines()[1:] == ["SENT TO:<a@example.net>", "FAIL TO:<no@example.net>", "RCPT TO:<later@example.net>",
+                                   "SENT TO:<b@example.net>"],
+         f"each recipient has to have its own outcome; the file begins with:\n{text}")
     within(10, lambda: os.kill(server.process.pid, signal.SIGALRM) or len(exchanger.messages) == 2,
            "the recipient that was refused with 451 is not tried again")
     need(exchanger.messages[1].recipients == ["<later@example.net>"],
@@ -377,13 +377,14 @@ def exercise_15(tree):
     dns.mail("example.net", (10, near))
     dns.delay("example.net", 2, "MX")
     dns.a("evil.example.net", evil.host)
-    weak = [("        ssize_t n = read(random_fd, q->bytes, 2);\n", f"""
+    weak = [("        if (read(random, query, 2) != 2)\n", f"""
         struct sockaddr_in a = {{ .sin_family = AF_INET, .sin_port = htons({victim}) }};
-        ssize_t n = read(random_fd, q->bytes + 1, 1);
+
         bind(fd, (struct sockaddr *)&a, sizeof a);
-"""), ("        if (connect(fd, (struct sockaddr *)&nameserver, sizeof nameserver) == 0)\n"
-       "            send(fd, q->bytes, q->size, 0);",
-       "        sendto(fd, q->bytes, q->size, 0, (struct sockaddr *)&nameserver, sizeof nameserver);")]
+        if (read(random, query + 1, 1) != 1)
+"""), ("        connect(fd, (struct sockaddr *)&nameserver, sizeof nameserver);\n", ""),
+            ("send(fd, query, size, 0);",
+             "sendto(fd, query, size, 0, (struct sockaddr *)&nameserver, sizeof nameserver);")]
     server = tree.run(6, tree.spool(), *dns.address.split(":"), evil.port, changes=weak)
     process = subprocess.Popen([sys.executable, forger, str(victim)], stdout=subprocess.DEVNULL,
                                env={**os.environ, "PYTHONPATH": str(HERE.parent)})
