@@ -2447,6 +2447,13 @@ static bool watch(struct route *route)
     return true;
 }
 
+/* Appends a time of `us` microseconds in milliseconds.  "%.2f" would do, but the first
+ * floating point number that a process prints makes the C library load and link much. */
+static void put_ms(FILE *line, const char *name, int64_t us)
+{
+    put(line, " %s=%ld.%02ldms", name, (long)(us / 1000), (long)(us % 1000 / 10));
+}
+
 /* Logs what the race that began at `start` has measured: milliseconds from connect() to
  * the handshake and to the greeting, or "-" if another address won before the greeting. */
 static void log_race(const struct route *route, int64_t start)
@@ -2460,13 +2467,14 @@ static void log_race(const struct route *route, int64_t start)
             continue;           /* it was not in this race */
         put(line, " %s", x->label);
         if (x->connected != 0)
-            put(line, " handshake=%.2fms", (double)(x->connected - x->begun) / 1000);
+            put_ms(line, "handshake", x->connected - x->begun);
         if (x->greeted > x->connected)
-            put(line, " greeting=%.2fms;", (double)(x->greeted - x->begun) / 1000);
+            put_ms(line, "greeting", x->greeted - x->begun);
         else if (x->progress == SPENT)
-            put(line, " (%s);", x->words);
+            put(line, " (%s)", x->words);
         else
-            put(line, " greeting=-;");
+            put(line, " greeting=-");
+        put(line, ";");
     }
     close_text(line);
     if (size > 0)
