@@ -297,6 +297,8 @@ static void enter_spool(const char *path)
     mkdir("tmp", 0700);
     mkdir("queue", 0700);
     queue_dir = open("queue", O_RDONLY);
+    if (queue_dir < 0)
+        die("queue");
 }
 
 int main(int argc, char **argv)

@@ -633,6 +633,8 @@ static void enter_spool(const char *path)
     mkdir("queue", 0700);
     mkdir("failed", 0700);
     queue_dir = open("queue", O_RDONLY);
+    if (queue_dir < 0)
+        die("queue");
 }
 
 static void catch_signals(void)
