@@ -455,6 +455,19 @@ def test_the_client_may_leave_after_the_dot(forwarder, near, tmp_path):
     wait_until_empty(tmp_path)
 
 
+def test_where_the_message_begins(forwarder, near):
+    """Not where an argument of DATA, or a line of the message, would have it."""
+    server = forwarder()
+    with server.client() as client:
+        for command in "HELO me.com", "MAIL FROM:<a@example.org>", "RCPT TO:<b@example.net>":
+            client.say(command)
+        assert client.say("DATA please") == "354 End data with <CR><LF>.<CR><LF>"
+        client.send(b"Subject: x\r\n\r\nDATA\r\nmore\r\n.\r\n")
+        assert client.reply().startswith("250 2.0.0 Ok: queued as ")
+    message, = near.wait_for_messages(1)
+    assert message.data.startswith(b"Received: ") and message.data.endswith(b"Subject: x\r\n\r\nDATA\r\nmore\r\n")
+
+
 def test_pipelining(forwarder, near):
     server = forwarder()
     with server.client() as client:

@@ -137,8 +137,10 @@ static void take_command(struct session *s, const char *line)
     } else {
         if (c->next == READY)
             draft_drop(s);
-        if (c->next == MAILED || c->next == ADDRESSED || c->next == DATA)
+        if (c->next == MAILED || c->next == ADDRESSED)
             fprintf(s->draft, "%s%s\r\n", c->verb, path);
+        if (c->next == DATA)
+            fputs("DATA\r\n", s->draft);
         if (c->next != SAME)
             s->phase = c->next;
         reply(s, c->reply, s->port);

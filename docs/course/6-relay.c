@@ -456,14 +456,14 @@ static bool is_path(const char *text, bool null)
     return end > 0 && text[end] == '\0';
 }
 
-/* Begins the message with the line that every relay has to put there: RFC 5321 4.4. */
+/* Ends the envelope, and begins the message with the line that every relay has to put there: RFC 5321 4.4. */
 static void begin_message(struct session *s)
 {
     time_t now = time(NULL);
     char date[64];
 
     strftime(date, sizeof date, "%a, %d %b %Y %H:%M:%S +0000", gmtime(&now));
-    fprintf(s->draft, "Received: from [127.0.0.1] (port %u)\r\n\tby %s with SMTP id %s;\r\n\t%s\r\n",
+    fprintf(s->draft, "DATA\r\nReceived: from [127.0.0.1] (port %u)\r\n\tby %s with SMTP id %s;\r\n\t%s\r\n",
         s->port, hostname, s->id, date);
 }
 
@@ -484,7 +484,7 @@ static void take_command(struct session *s, const char *line)
     } else {
         if (c->next == READY)
             draft_drop(s);
-        if (c->next == MAILED || c->next == ADDRESSED || c->next == DATA)
+        if (c->next == MAILED || c->next == ADDRESSED)
             fprintf(s->draft, "%s%s\r\n", c->verb, path);
         if (c->next == DATA)
             begin_message(s);
