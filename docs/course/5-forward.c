@@ -71,8 +71,9 @@ static size_t next_line(const char *bytes, size_t size)
 static enum outcome say(FILE *x, char wanted, const char *text, size_t size)
 {
     strcpy(words, "connection lost");
-    if (write(fileno(x), text, size) != (ssize_t)size)
-        return LATER;
+    for (ssize_t n; size > 0; text += n, size -= (size_t)n)
+        if ((n = write(fileno(x), text, size)) <= 0)
+            return LATER;       /* after REPLY_SECONDS without progress, too */
     do
         if (fgets(words, sizeof words, x) == NULL)
             return LATER;
