@@ -2,6 +2,7 @@
 import contextlib
 import ctypes
 import os
+import re
 import resource
 import shlex
 import shutil
@@ -162,6 +163,23 @@ def start_peer():
         yield start
 
 
+def whole_calls(seen):
+    """What strace has written, with each system call in one line: where another process got between its beginning and
+    its end, these are two lines.  It stands where it ended; one that has not ended yet, where it began."""
+    lines, begun = [], {}
+    for line in seen.splitlines():
+        pid = line.partition(" ")[0]
+        rest = re.match(r"\d+ +<\.\.\. \w+ resumed>(.*)", line)
+        if rest and pid in begun:
+            start = begun.pop(pid)
+            line = lines[start].removesuffix(" <unfinished ...>") + rest[1]
+            lines[start] = None
+        elif line.endswith(" <unfinished ...>"):
+            begun[pid] = len(lines)
+        lines.append(line)
+    return "".join(f"{line}\n" for line in lines if line is not None)
+
+
 @pytest.fixture
 def strace(tmp_path):
     """with strace(pid, "trace=fsync,write", "inject=fsync:error=EIO") as trace: watches a
@@ -187,7 +205,7 @@ def strace(tmp_path):
                 pytest.skip(f"this machine does not let us trace: {line.strip()}")
             raise AssertionError(line)
         try:
-            yield output.read_text
+            yield lambda: whole_calls(output.read_text())
         finally:
             # It lets go, and the process runs on.  The signal that comes just before
             # strace begins to wait is seen only when that ends: so it is said again.
