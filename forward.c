@@ -3430,8 +3430,9 @@ static int take_due(const char *id)
 }
 
 /* Runs a batch, and never returns: tries its messages one after the other, over one
- * connection where that is possible.  Messages that it did not begin are still due.  If a
- * place was not reached, the rest of its mail is settled even when the time is over. */
+ * connection where that is possible.  Messages that it did not begin are still due.  Once a
+ * domain was not reached, its time begins anew: the wait for that domain is over, and the
+ * rest of its mail is settled without one. */
 static void run_batch(struct batch b, char ids[][ID_SIZE], size_t count, pid_t manager)
 {
     int64_t end = clock_ms() + BATCH_TIME;
@@ -3439,11 +3440,14 @@ static void run_batch(struct batch b, char ids[][ID_SIZE], size_t count, pid_t m
 
     close(due_end);
     for (size_t i = 0; i < count && reach != NO_ROOM && getppid() == manager; i++) {
-        int fd = b.dead[0] != '\0' || clock_ms() < end ? take_due(ids[i]) : -1;
+        int fd = clock_ms() < end ? take_due(ids[i]) : -1;
+        bool dead = b.dead[0] != '\0';
 
         b.more = i + 1 < count;
         if (fd >= 0)
             reach = forward(&b, fd, ids[i]);
+        if (!dead && b.dead[0] != '\0')
+            end = clock_ms() + BATCH_TIME;
     }
     drop_kept(&b);
     _exit(reach == REACHED ? SERVED : NOT_SERVED);

@@ -373,6 +373,25 @@ def test_a_dead_domain_of_several_costs_one_try_for_all_of_a_batch(pair, relay, 
     assert len(dead.connections) <= 3
 
 
+def test_domains_that_are_not_reached_give_the_slot_to_others_in_between(pair, world, relay, tmp_path):
+    """Each message of the batch waits for another of its two dead domains; other mail does not wait for all of them."""
+    live, dead = pair
+    dead.set(stall_at="CONNECT")
+    world.dns.mail("example.edu", (10, dead))
+    world.dns.mail("example.com", (10, live))
+    server = relay("-j", 1, "-w", 1, mx_port=live.port, spool=tmp_path / "other")
+    manager = manager_of(server)
+    os.kill(manager, signal.SIGSTOP)
+    with server.client() as client:
+        for number in range(10):
+            to = [f"b{number}@example.net", f"c{number}@example.org", f"d{number}@example.edu"]
+            assert client.deliver("", to, LETTER).startswith(QUEUED)
+    server.send("e@example.com", sender="")
+    os.kill(manager, signal.SIGCONT)
+    live.wait_for_messages(11)
+    assert ["<e@example.com>"] in [message.recipients for message in live.messages[:6]]
+
+
 def test_reports_for_an_exchanger_that_takes_few_connections(pair, relay, tmp_path):
     """A report that finds no room has no batch yet; it does not back off, either."""
     net, org = pair
