@@ -3079,6 +3079,7 @@ static void deliver_parties(struct batch *b, struct message *m, struct party *pa
     drop_kept(b);           /* two processes must not use one connection */
     if (!draft_open(&failures, 0))
         return;
+    unlink(spool_path("tmp", failures.id));     /* the children need no name, and a signal leaves no file behind */
     lock_octets(m->fd, F_UNLCK, 1, 0);      /* all but octet 0, so that each child can lock its own */
     while (begun < count || running > 0) {
         if (begun < count && running < DOMAINS_AT_ONCE
@@ -3095,7 +3096,7 @@ static void deliver_parties(struct batch *b, struct message *m, struct party *pa
         }
     }
     read_results(m, &failures);
-    draft_drop(&failures);
+    draft_forget(&failures);
     note_dead_parties(b, parties, begun);
 }
 

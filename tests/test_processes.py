@@ -392,6 +392,20 @@ def test_domains_that_are_not_reached_give_the_slot_to_others_in_between(pair, w
     assert ["<e@example.com>"] in [message.recipients for message in live.messages[:6]]
 
 
+def test_a_signal_during_a_message_for_two_domains_leaves_no_draft(pair, relay, tmp_path):
+    """Its failures are passed on by a file that has no name."""
+    for exchanger in pair:
+        exchanger.set(stall_at="MAIL")
+    server = relay(mx_port=pair[0].port, spool=tmp_path / "other")
+    manager_of(server)
+    letters_for_two(server, 1)
+    wait_for(lambda: all(exchanger.connections for exchanger in pair))
+    child, = transactions(server)
+    os.kill(child, signal.SIGTERM)
+    server.wait_for_log(f"process {child} died of signal")
+    assert not server.tmp() and len(server.queue()) == 1
+
+
 def test_reports_for_an_exchanger_that_takes_few_connections(pair, relay, tmp_path):
     """A report that finds no room has no batch yet; it does not back off, either."""
     net, org = pair
