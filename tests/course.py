@@ -77,12 +77,13 @@ class Server:
     """One of the programs, running."""
 
     def __init__(self, program, *arguments, limit=None):
+        """`limit`: options of the shell's ulimit, such as "-n 30"."""
         self.port = free_port()
         self.lines = []                 # of its standard error
         self.printed = bytearray()      # its standard output
         command = [str(program), str(self.port), *map(str, arguments)]
         if limit is not None:
-            command = ["sh", "-c", f'ulimit -n {limit}; exec "$@"', "sh", *command]
+            command = ["sh", "-c", f'ulimit {limit}; exec "$@"', "sh", *command]
         self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
                                         stderr=subprocess.PIPE, start_new_session=True)
         self._readers = [threading.Thread(target=self._read, args=(stream,), daemon=True)

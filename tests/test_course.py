@@ -207,6 +207,24 @@ def test_more_clients_than_there_is_room_for(number, start, dns):
         assert late.reply().startswith("220 ")
 
 
+@pytest.mark.parametrize("number", "23456")
+def test_no_descriptor_is_left_for_a_client(number, start, dns, strace):
+    """It waits in the kernel's queue, and the loop does not ask for it again and again."""
+    server = start(number, *arguments(number, dns), limit="-n 30")
+    with contextlib.ExitStack() as stack:
+        first = stack.enter_context(server.client())
+        with strace(server.process.pid, "trace=accept,accept4") as trace:
+            others = [stack.enter_context(server.client(greeting=False)) for _ in range(40)]
+            wait_for(lambda: "EMFILE" in trace(), what="an accept() that fails")
+            for _ in range(50):
+                assert first.say("NOOP") == "250 2.0.0 Ok"
+            assert trace().count("EMFILE") == 1
+        served = [client for client in others if course.readable(client.sock, 0)]
+        late = others[len(served)]
+        first.say("QUIT")
+        assert late.reply().startswith("220 ")
+
+
 # ---- The dialogue -----------------------------------------------------------------------
 
 
@@ -375,7 +393,7 @@ def forwarder(request, start, dns, near):
     """Programs 5 and 6 with one exchanger, `near`."""
     dns.mail("example.net", (10, near))
     first = (near.host, near.port) if request.param == "5" else arguments("6", dns, near.port)
-    return lambda: start(request.param, *first)
+    return lambda **options: start(request.param, *first, **options)
 
 
 def test_forwarding(forwarder, near, tmp_path):
@@ -441,6 +459,42 @@ def test_a_child_keeps_no_client_waiting_for_the_end(forwarder, near):
         for one in client, bystander:
             assert one.say("QUIT") == "221 2.0.0 OK"
             assert one.eof()
+
+
+@pytest.mark.parametrize("reply", [b"2", b"250 2.0.0 O", b"250-2.0.0 Ok\r\n250", b"250 " + b"x" * 5000 + b"\r\n"],
+                         ids=["one octet", "a line", "the last line", "too long"])
+def test_half_a_reply_is_none(reply, forwarder, near):
+    """The message is owed to the recipient as before, and the server goes on."""
+    near.set(replies={".": reply}, drop_after=".")
+    server = forwarder()
+    deliver(server, "a@example.net")
+    wait_for(lambda: server.logged("RCPT TO:<a@example.net> "))
+    near.set(replies={}, drop_after=None)
+    os.kill(server.process.pid, signal.SIGALRM)
+    wait_for(lambda: server.logged("SENT TO:<a@example.net> "))
+
+
+def test_the_shortest_replies(forwarder, near, tmp_path):
+    near.set(replies={"CONNECT": b"2\r\n", "HELO": b"250-\r\n250\r\n", "MAIL": b"2\n", "RCPT": b"2\r\n", "DATA": b"3\r\n"})
+    deliver(forwarder(), "a@example.net")
+    near.wait_for_messages(1)
+    wait_until_empty(tmp_path)
+
+
+def test_a_message_that_does_not_fit_in_memory(forwarder, near, tmp_path):
+    """It stays in the queue, and the next one is delivered."""
+    if lab.EMULATED or sys.platform == "darwin":
+        pytest.skip("ulimit -v does not bound the program alone here")
+    server = forwarder(limit="-v 500000")
+    large = tmp_path / "spool/queue/1-1-1"
+    with large.open("wb") as file:
+        file.write(b"MAIL FROM:<>\r\nRCPT TO:<a@example.net>\r\nDATA\r\n")
+        file.truncate(1 << 30)
+    os.kill(server.process.pid, signal.SIGALRM)
+    wait_for(lambda: server.logged("^1-1-1: cannot be read into memory"))
+    deliver(server, "b@example.net")
+    near.wait_for_messages(1)
+    assert large.exists()
 
 
 def test_the_client_may_leave_after_the_dot(forwarder, near, tmp_path):
@@ -518,6 +572,21 @@ def test_the_next_preference_when_the_first_is_of_no_use(trouble, start, dns):
     second.wait_for_messages(1)
     second.stop()
     first.stop() if trouble is not None else None
+
+
+def test_preferences_are_tried_from_the_lowest(start, dns):
+    made = exchangers(5)
+    for exchanger in made[:4]:
+        exchanger.set(replies={"MAIL": "451 4.3.0 later"})
+    places = dict(zip((0, 1, 256, 300, 65535), made))
+    dns.mail("example.net", *((preference, places[preference]) for preference in (300, 65535, 0, 256, 1)))
+    deliver(relay(start, dns, made[0].port), "a@example.net")
+    made[4].wait_for_messages(1)
+    assert [len(exchanger.connections) for exchanger in made] == [1] * 5
+    times = [exchanger.connections[0].opened for exchanger in made]
+    assert times == sorted(times)
+    for exchanger in made:
+        exchanger.stop()
 
 
 def test_a_domain_without_mx_is_its_own_exchanger(start, dns, near):

@@ -23,8 +23,9 @@ def test_tests_that_are_named_exist(path):
 # What pages may name beside functions of ours: what POSIX, C or Python has, and what a page suggests to write.
 SYSTEM = set("""
     _encode _exit abort accept alarm bind close connect do_xwho exit fcntl ferror fflush flock fopen fork fprintf fstat
-    fsync fwrite getaddrinfo getopt htons inet_ntop listen malloc open pipe poll pselect read realloc recv rename renameat
-    select send setsockopt sigaction sigprocmask socket tmpfile transcript unlink vdprintf wait_for waitpid write
+    fsync fwrite getaddrinfo getopt htonl htons inet_ntop listen malloc mkdir open pipe poll pselect read realloc recv
+    rename renameat rewind select send setsockopt sigaction sigprocmask socket sscanf tmpfile transcript unlink vdprintf
+    wait_for waitpid write
 """.split())
 NAME = r"\b([a-z_][a-z0-9_]*)\(\)"
 

@@ -27,8 +27,8 @@ static void die(const char *what)
 }
 
 struct session {
-    int fd;                 /* the client */
-    unsigned port;          /* the client's */
+    int fd;                 /* the connection to the client */
+    unsigned port;          /* of the client */
     bool gone;              /* the last reply is sent: main() closes the connection */
     char in[LINE_SIZE];     /* received, not yet consumed */
     size_t size;
@@ -69,7 +69,7 @@ static size_t next_line(const char *bytes, size_t size)
     return 0;
 }
 
-/* Takes all whole lines.  What is left is the beginning of one, and waits for the rest. */
+/* Takes all whole lines.  What is left is the beginning of the next line. */
 static void converse(struct session *s)
 {
     size_t size;
@@ -104,7 +104,7 @@ static int listen_on(const char *port)
     int listener = socket(AF_INET, SOCK_STREAM, 0), on = 1;
 
     a.sin_addr.s_addr = htonl(INADDR_LOOPBACK);     /* 127.0.0.1: this machine only */
-    setsockopt(listener, SOL_SOCKET, SO_REUSEADDR, &on, sizeof on);     /* at once after the last run */
+    setsockopt(listener, SOL_SOCKET, SO_REUSEADDR, &on, sizeof on);     /* or a restart has to wait */
     if (bind(listener, (struct sockaddr *)&a, sizeof a) != 0 || listen(listener, SOMAXCONN) != 0)
         die("cannot listen");
     fprintf(stderr, "listening on 127.0.0.1 port %s\n", port);

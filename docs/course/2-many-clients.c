@@ -9,6 +9,7 @@
  */
 #define _POSIX_C_SOURCE 200809L
 
+#include <errno.h>
 #include <fcntl.h>
 #include <netinet/in.h>
 #include <signal.h>
@@ -34,8 +35,8 @@ static void die(const char *what)
 }
 
 static struct session {
-    int fd;                 /* the client */
-    unsigned port;          /* the client's */
+    int fd;                 /* the connection to the client */
+    unsigned port;          /* of the client */
     bool gone;              /* the last reply is sent: run() closes the session */
     char in[LINE_SIZE];     /* received, not yet consumed */
     size_t size;
@@ -78,7 +79,7 @@ static size_t next_line(const char *bytes, size_t size)
     return 0;
 }
 
-/* Takes all whole lines.  What is left is the beginning of one, and waits for the rest. */
+/* Takes all whole lines.  What is left is the beginning of the next line. */
 static void converse(struct session *s)
 {
     size_t size;
@@ -107,19 +108,23 @@ static void hear(struct session *s)
     converse(s);
 }
 
-/* Accepts a client.  It may have left: that the listener was readable promises nothing. */
+/* Accepts a client.  This may fail although the listener was readable: the client may have left,
+ * or no descriptor is free.  Then the listener waits until run() has closed a session. */
 static void welcome(void)
 {
     struct sockaddr_in peer;
     socklen_t size = sizeof peer;
     int fd = accept(listener, (struct sockaddr *)&peer, &size);
 
-    if (fd < 0)
+    if (fd < 0) {
+        if (errno == EMFILE && clients > 0)
+            FD_CLR(listener, &watched);
         return;
+    }
     fcntl(fd, F_SETFL, O_NONBLOCK);
     FD_SET(fd, &watched);
     if (++clients == CLIENTS)
-        FD_CLR(listener, &watched);
+        FD_CLR(listener, &watched);     /* the others wait in the kernel's queue */
     sessions[fd] = (struct session){ .fd = fd, .port = ntohs(peer.sin_port) };
     reply(&sessions[fd], "220 localhost ESMTP\r\n");
 }
@@ -130,7 +135,7 @@ static void run(void)
         fd_set readable = watched;      /* a copy, because select() changes it */
 
         if (select(FD_SETSIZE, &readable, NULL, NULL, NULL) < 0)
-            continue;
+            continue;       /* a signal has interrupted it: the set says nothing */
         for (int fd = 0; fd < FD_SETSIZE; fd++) {
             if (!FD_ISSET(fd, &readable))
                 continue;
@@ -155,7 +160,7 @@ static void listen_on(const char *port)
 
     a.sin_addr.s_addr = htonl(INADDR_LOOPBACK);     /* 127.0.0.1: this machine only */
     listener = socket(AF_INET, SOCK_STREAM, 0);
-    setsockopt(listener, SOL_SOCKET, SO_REUSEADDR, &on, sizeof on);     /* at once after the last run */
+    setsockopt(listener, SOL_SOCKET, SO_REUSEADDR, &on, sizeof on);     /* or a restart has to wait */
     if (bind(listener, (struct sockaddr *)&a, sizeof a) != 0 || listen(listener, SOMAXCONN) != 0)
         die("cannot listen");
     fcntl(listener, F_SETFL, O_NONBLOCK);

@@ -10,6 +10,7 @@
  */
 #define _POSIX_C_SOURCE 200809L
 
+#include <errno.h>
 #include <fcntl.h>
 #include <netinet/in.h>
 #include <signal.h>
@@ -42,12 +43,12 @@ enum phase {
     ADDRESSED,      /* at least one recipient is, too */
     DATA,           /* 354 is sent; lines go to the draft */
     GONE,           /* the last reply is sent: run() closes the session */
-    SAME            /* of a command: it does not change the phase */
+    SAME            /* no phase: in commands[], "stays in the same phase" */
 };
 
 static struct session {
-    int fd;                 /* the client */
-    unsigned port;          /* the client's */
+    int fd;                 /* the connection to the client */
+    unsigned port;          /* of the client */
     enum phase phase;
     FILE *draft;            /* the message that is being received, or NULL */
     bool spoiled;           /* it holds a bare CR, a bare LF or a NUL */
@@ -108,8 +109,8 @@ static const struct command {
     { "",           CONNECTED, ADDRESSED, SAME,      "500 5.5.2 Error: command not recognized\r\n" }
 };
 
-/* Is it <local-part@domain>, or <> where that is allowed?  A part of RFC 5321 4.1.2: no quotes,
- * no address literals. */
+/* Is `text` <local-part@domain>, or <> where `null` allows it?  A part of RFC 5321 4.1.2: no quotes,
+ * no address literals.  sscanf() sets `end` only if all before %n fits. */
 static bool is_path(const char *text, bool null)
 {
     int end = 0;
@@ -125,7 +126,7 @@ static void take_command(struct session *s, const char *line)
     const struct command *c = commands;
     const char *path;
 
-    while (strncasecmp(line, c->verb, strlen(c->verb)) != 0)        /* the last one fits all lines */
+    while (strncasecmp(line, c->verb, strlen(c->verb)) != 0)        /* the last row fits every line */
         c++;
     path = line + strlen(c->verb);
     if (s->phase < c->first || s->phase > c->last) {
@@ -153,10 +154,10 @@ static void take_message(struct session *s, size_t size)
 {
     fwrite(s->in, 1, size, s->draft);
     if (strcspn(s->in, "\r\n") != size - 2)
-        s->spoiled = true;          /* another server may take a bare CR or LF for a line's end */
+        s->spoiled = true;          /* strcspn() met a CR, LF or NUL before the line's end */
     if (size != 3 || s->in[0] != '.')
         return;
-    s->phase = READY;               /* the dot has come */
+    s->phase = READY;               /* this line is the dot: the message is complete */
     if (s->spoiled)
         reply(s, "550 5.5.2 Error: bare CR, bare LF or NUL in the message\r\n");
     else if (!draft_print(s))
@@ -176,7 +177,7 @@ static size_t next_line(const char *bytes, size_t size)
     return 0;
 }
 
-/* Takes all whole lines.  What is left is the beginning of one, and waits for the rest. */
+/* Takes all whole lines.  What is left is the beginning of the next line. */
 static void converse(struct session *s)
 {
     size_t size;
@@ -209,19 +210,23 @@ static void hear(struct session *s)
     converse(s);
 }
 
-/* Accepts a client.  It may have left: that the listener was readable promises nothing. */
+/* Accepts a client.  This may fail although the listener was readable: the client may have left,
+ * or no descriptor is free.  Then the listener waits until run() has closed a session. */
 static void welcome(void)
 {
     struct sockaddr_in peer;
     socklen_t size = sizeof peer;
     int fd = accept(listener, (struct sockaddr *)&peer, &size);
 
-    if (fd < 0)
+    if (fd < 0) {
+        if (errno == EMFILE && clients > 0)
+            FD_CLR(listener, &watched);
         return;
+    }
     fcntl(fd, F_SETFL, O_NONBLOCK);
     FD_SET(fd, &watched);
     if (++clients == CLIENTS)
-        FD_CLR(listener, &watched);
+        FD_CLR(listener, &watched);     /* the others wait in the kernel's queue */
     sessions[fd] = (struct session){ .fd = fd, .port = ntohs(peer.sin_port) };
     reply(&sessions[fd], "220 localhost ESMTP\r\n");
 }
@@ -232,7 +237,7 @@ static void run(void)
         fd_set readable = watched;      /* a copy, because select() changes it */
 
         if (select(FD_SETSIZE, &readable, NULL, NULL, NULL) < 0)
-            continue;
+            continue;       /* a signal has interrupted it: the set says nothing */
         for (int fd = 0; fd < FD_SETSIZE; fd++) {
             if (!FD_ISSET(fd, &readable))
                 continue;
@@ -258,7 +263,7 @@ static void listen_on(const char *port)
 
     a.sin_addr.s_addr = htonl(INADDR_LOOPBACK);     /* 127.0.0.1: this machine only */
     listener = socket(AF_INET, SOCK_STREAM, 0);
-    setsockopt(listener, SOL_SOCKET, SO_REUSEADDR, &on, sizeof on);     /* at once after the last run */
+    setsockopt(listener, SOL_SOCKET, SO_REUSEADDR, &on, sizeof on);     /* or a restart has to wait */
     if (bind(listener, (struct sockaddr *)&a, sizeof a) != 0 || listen(listener, SOMAXCONN) != 0)
         die("cannot listen");
     fcntl(listener, F_SETFL, O_NONBLOCK);

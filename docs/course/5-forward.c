@@ -46,7 +46,7 @@ static struct sockaddr_in exchanger;
 static void die(const char *what)
 {
     perror(what);
-    _exit(1);               /* not exit(): a child must not write what its parent has buffered */
+    _exit(1);               /* exit() in a child would write out buffers that it has from its parent */
 }
 
 /* ---- Forwarding ------------------------------------------------------------ */
@@ -66,18 +66,18 @@ static size_t next_line(const char *bytes, size_t size)
     return 0;
 }
 
-/* Says something, reads the reply, and judges it by its first digit: RFC 5321 4.2.1.  All
- * lines of a reply but the last are `250-words`. */
+/* Sends `size` octets of `text`, reads the reply, and judges it by its first digit: RFC 5321 4.2.1.
+ * All lines of a reply but the last are `250-words`.  A line that is cut off or too long is no reply. */
 static enum outcome say(FILE *x, char wanted, const char *text, size_t size)
 {
     strcpy(words, "connection lost");
     for (ssize_t n; size > 0; text += n, size -= (size_t)n)
         if ((n = write(fileno(x), text, size)) <= 0)
             return LATER;       /* after REPLY_SECONDS without progress, too */
-    do
-        if (fgets(words, sizeof words, x) == NULL)
+    do {
+        if (fgets(words, sizeof words, x) == NULL || strchr(words, '\n') == NULL)
             return LATER;
-    while (words[3] == '-');
+    } while (words[3] == '-');
     words[strcspn(words, "\r\n")] = '\0';
     return words[0] == wanted ? SENT : words[0] == '5' ? FAILED : LATER;
 }
@@ -94,7 +94,7 @@ static enum outcome transact(FILE *x, const char *rcpt)
         outcome = say(x, i < 3 ? '2' : '3', lines[i], next_line(lines[i], LINE_SIZE));
     if (outcome == SENT)
         outcome = say(x, '2', body, strlen(body));
-    dprintf(fileno(x), "QUIT\r\n");     /* whatever it answers: what is done is done */
+    dprintf(fileno(x), "QUIT\r\n");     /* its reply changes nothing any more */
     return outcome;
 }
 
@@ -124,6 +124,7 @@ static void forward(const char *id)
     static const char *const notes[] = { "RCPT", "SENT", "FAIL" };
     struct flock lock = { .l_type = F_WRLCK, .l_whence = SEEK_SET };
     int fd = open(id, O_RDWR), owed = 0, refused = 0;
+    enum outcome outcome;
     struct stat st;
     char failed[80];
 
@@ -131,13 +132,16 @@ static void forward(const char *id)
         return;
     message = calloc(1, (size_t)st.st_size + 1);
     if (message == NULL || read(fd, message, (size_t)st.st_size) != st.st_size
-        || (body = strstr(message, "\r\nDATA\r\n")) == NULL)
+        || (body = strstr(message, "\r\nDATA\r\n")) == NULL) {
+        fprintf(stderr, "%s: cannot be read into memory; it stays in the queue\n", id);
         return;
+    }
     body += strlen("\r\nDATA\r\n");
     alarm(TRY_SECONDS);
     for (char *line = message; line < body; line += next_line(line, LINE_SIZE)) {
         if (line[0] == 'R') {
-            memcpy(line, notes[deliver(line)], 4);
+            outcome = deliver(line);
+            memcpy(line, notes[outcome], 4);
             if (pwrite(fd, line, 4, line - message) != 4 || fsync(fd) != 0)
                 die(id);
             fprintf(stderr, "%s %.*s (%s)\n", id, (int)strcspn(line, "\r"), line, words);
@@ -147,7 +151,7 @@ static void forward(const char *id)
     }
     snprintf(failed, sizeof failed, "../failed/%s", id);
     if (owed == 0 && refused > 0)
-        rename(id, failed);     /* for somebody to look at */
+        rename(id, failed);     /* a person has to look at it */
     else if (owed == 0)
         unlink(id);
 }
@@ -162,23 +166,23 @@ enum phase {
     ADDRESSED,      /* at least one recipient is, too */
     DATA,           /* 354 is sent; lines go to the draft */
     GONE,           /* the last reply is sent: run() closes the session */
-    SAME            /* of a command: it does not change the phase */
+    SAME            /* no phase: in commands[], "stays in the same phase" */
 };
 
 static struct session {
-    int fd;                 /* the client */
-    unsigned port;          /* the client's */
+    int fd;                 /* the connection to the client */
+    unsigned port;          /* of the client */
     enum phase phase;
     FILE *draft;            /* the message that is being received, or NULL */
-    char path[64], *id;     /* of its file: tmp/ and the id, which is its name in queue/, too */
+    char path[64], *id;     /* the draft's file: tmp/ and its id, which is its name in queue/, too */
     bool spoiled;           /* it holds a bare CR, a bare LF or a NUL */
     char in[LINE_SIZE];     /* received, not yet consumed */
     size_t size;
 } sessions[FD_SETSIZE];     /* by descriptor */
 static fd_set watched;      /* all clients; and the listener, while there is room for one more */
 static int listener, clients, queue_dir, children;
-static volatile sig_atomic_t got_alarm = 1;
-static sigset_t open_mask;  /* blocks no signal */
+static volatile sig_atomic_t got_alarm = 1;     /* it is time for run_queue(), as it is at the start */
+static sigset_t open_mask;  /* the signals that are blocked inside pselect(): none of ours */
 
 /* Sends a reply.  A client that leaves no room for it has stopped reading, and is given up. */
 static void reply(struct session *s, const char *format, ...)
@@ -198,7 +202,7 @@ static void start_forwarder(const char *id)
 
     if (pid == 0) {
         for (int fd = 3; fd < FD_SETSIZE; fd++)
-            close(fd);      /* or a client would wait for the end of a connection that we hold */
+            close(fd);      /* a connection ends for the client when its last copy is closed */
         signal(SIGALRM, SIG_DFL);
         sigprocmask(SIG_SETMASK, &open_mask, NULL);
         if (chdir("queue") == 0)
@@ -225,6 +229,7 @@ static void run_queue(void)
         rewinddir(queue);
 }
 
+/* Begins a draft, with a name that no other message has had. */
 static bool draft_open(struct session *s)
 {
     static unsigned count;
@@ -239,13 +244,14 @@ static void draft_drop(struct session *s)
 {
     if (s->draft != NULL) {
         fclose(s->draft);
-        unlink(s->path);        /* it is there no more if the draft was stored */
+        unlink(s->path);        /* fails if the draft was stored: the file has its new name */
     }
     s->draft = NULL;
     s->spoiled = false;
 }
 
-/* Makes a draft a message: once this has returned true, the mail is ours to lose. */
+/* Moves a draft into the queue.  Once this has returned true, the message survives a crash, and the
+ * server may take responsibility for it. */
 static bool draft_store(struct session *s)
 {
     return !ferror(s->draft) && fflush(s->draft) == 0 && fsync(fileno(s->draft)) == 0
@@ -271,8 +277,8 @@ static const struct command {
     { "",           CONNECTED, ADDRESSED, SAME,      "500 5.5.2 Error: command not recognized\r\n" }
 };
 
-/* Is it <local-part@domain>, or <> where that is allowed?  A part of RFC 5321 4.1.2: no quotes,
- * no address literals. */
+/* Is `text` <local-part@domain>, or <> where `null` allows it?  A part of RFC 5321 4.1.2: no quotes,
+ * no address literals.  sscanf() sets `end` only if all before %n fits. */
 static bool is_path(const char *text, bool null)
 {
     int end = 0;
@@ -299,7 +305,7 @@ static void take_command(struct session *s, const char *line)
     const struct command *c = commands;
     const char *path;
 
-    while (strncasecmp(line, c->verb, strlen(c->verb)) != 0)        /* the last one fits all lines */
+    while (strncasecmp(line, c->verb, strlen(c->verb)) != 0)        /* the last row fits every line */
         c++;
     path = line + strlen(c->verb);
     if (s->phase < c->first || s->phase > c->last) {
@@ -327,10 +333,10 @@ static void take_message(struct session *s, size_t size)
 {
     fwrite(s->in, 1, size, s->draft);
     if (strcspn(s->in, "\r\n") != size - 2)
-        s->spoiled = true;          /* another server may take a bare CR or LF for a line's end */
+        s->spoiled = true;          /* strcspn() met a CR, LF or NUL before the line's end */
     if (size != 3 || s->in[0] != '.')
         return;
-    s->phase = READY;               /* the dot has come */
+    s->phase = READY;               /* this line is the dot: the message is complete */
     if (s->spoiled) {
         reply(s, "550 5.5.2 Error: bare CR, bare LF or NUL in the message\r\n");
     } else if (!draft_store(s)) {
@@ -342,7 +348,7 @@ static void take_message(struct session *s, size_t size)
     draft_drop(s);
 }
 
-/* Takes all whole lines.  What is left is the beginning of one, and waits for the rest. */
+/* Takes all whole lines.  What is left is the beginning of the next line. */
 static void converse(struct session *s)
 {
     size_t size;
@@ -375,19 +381,23 @@ static void hear(struct session *s)
     converse(s);
 }
 
-/* Accepts a client.  It may have left: that the listener was readable promises nothing. */
+/* Accepts a client.  This may fail although the listener was readable: the client may have left,
+ * or no descriptor is free.  Then the listener waits until run() has closed a session. */
 static void welcome(void)
 {
     struct sockaddr_in peer;
     socklen_t size = sizeof peer;
     int fd = accept(listener, (struct sockaddr *)&peer, &size);
 
-    if (fd < 0)
+    if (fd < 0) {
+        if (errno == EMFILE && clients > 0)
+            FD_CLR(listener, &watched);
         return;
+    }
     fcntl(fd, F_SETFL, O_NONBLOCK);
     FD_SET(fd, &watched);
     if (++clients == CLIENTS)
-        FD_CLR(listener, &watched);
+        FD_CLR(listener, &watched);     /* the others wait in the kernel's queue */
     sessions[fd] = (struct session){ .fd = fd, .port = ntohs(peer.sin_port) };
     reply(&sessions[fd], "220 %s ESMTP\r\n", hostname);
 }
@@ -402,7 +412,7 @@ static void run(void)
         if (got_alarm)
             run_queue();
         if (pselect(FD_SETSIZE, &readable, NULL, NULL, NULL, &open_mask) < 0)
-            continue;                   /* a signal: only here it can come */
+            continue;                   /* a signal has come, as it can only inside pselect() */
         for (int fd = 0; fd < FD_SETSIZE; fd++) {
             if (!FD_ISSET(fd, &readable))
                 continue;
@@ -423,7 +433,7 @@ static void run(void)
 
 static void on_signal(int number)
 {
-    got_alarm = got_alarm || number == SIGALRM;     /* SIGCHLD has to end the wait, and that is all */
+    got_alarm = got_alarm || number == SIGALRM;     /* SIGCHLD only has to end the wait */
 }
 
 static struct sockaddr_in address_of(const char *text, const char *port)
@@ -442,7 +452,7 @@ static void listen_on(const char *port)
     int on = 1;
 
     listener = socket(AF_INET, SOCK_STREAM, 0);
-    setsockopt(listener, SOL_SOCKET, SO_REUSEADDR, &on, sizeof on);     /* at once after the last run */
+    setsockopt(listener, SOL_SOCKET, SO_REUSEADDR, &on, sizeof on);     /* or a restart has to wait */
     if (bind(listener, (struct sockaddr *)&a, sizeof a) != 0 || listen(listener, SOMAXCONN) != 0)
         die("cannot listen");
     fcntl(listener, F_SETFL, O_NONBLOCK);
@@ -464,6 +474,7 @@ static void enter_spool(const char *path)
         die("queue");
 }
 
+/* Blocks SIGCHLD and SIGALRM everywhere but in pselect(): see "The lost wake-up" in chapter 5. */
 static void catch_signals(void)
 {
     struct sigaction action = { .sa_handler = on_signal };

@@ -6,7 +6,7 @@
  * listens on 127.0.0.1 port 2525, keeps messages in the directory spool, asks the name
  * server at 127.0.0.1 port 53, and expects exchangers on port 25.
  *
- * New since program 5: from get() to deliver().  Read it from the end.
+ * New since program 5: DNS, and from start_connecting() to deliver().  Read it from the end.
  */
 #define _POSIX_C_SOURCE 200809L
 
@@ -47,7 +47,7 @@ static struct sockaddr_in nameserver, exchanger;
 static void die(const char *what)
 {
     perror(what);
-    _exit(1);               /* not exit(): a child must not write what its parent has buffered */
+    _exit(1);               /* exit() in a child would write out buffers that it has from its parent */
 }
 
 /* ---- DNS ------------------------------------------------------------------- */
@@ -56,8 +56,8 @@ enum { DNS_A = 1, DNS_MX = 15, NO_DOMAIN = -1, NO_ANSWER = -2 };
 
 struct dns_record {
     struct in_addr address;     /* of an A record */
-    unsigned preference;        /* of an MX record: the lowest comes first; ... */
-    char name[NAME_SIZE];       /* ... and the name of the exchanger */
+    int preference;             /* of an MX record: the lowest comes first */
+    char name[NAME_SIZE];       /* of an MX record: the exchanger */
 };
 
 static unsigned get(const unsigned char *octets)
@@ -65,8 +65,9 @@ static unsigned get(const unsigned char *octets)
     return octets[0] * 256u + octets[1];
 }
 
-/* Reads a name (RFC 1035 4.1.4) and returns the place behind it.  A name is a label and a
- * name, or a pointer to a name.  A pointer has to lead back, so that there is an end. */
+/* Reads the name at `at` (RFC 1035 4.1.4), and returns the place behind it.  A name is a label and a
+ * name, or a pointer to a name, or the label of length 0.  A pointer has to lead back, so that there
+ * is an end. */
 static size_t get_name(const unsigned char *answer, size_t at, char *name, size_t room)
 {
     size_t length = answer[at], target = get(answer + at) & 0x3FFF;
@@ -101,8 +102,9 @@ static size_t put_query(unsigned char *query, const char *name, unsigned char ty
     return size + 5;
 }
 
-/* Reads the records of an answer, from `at` on, and returns how many there are.  Zeros follow
- * its `size` octets: what is cut off ends there. */
+/* Reads the records of this type from `at` on, and returns how many there are.  A record is a name,
+ * 10 octets (type, class, time to live, length of the data) and the data.  Behind the `size` octets
+ * of the answer are zeros, so that a record that is cut off ends there. */
 static int read_answer(const unsigned char *answer, size_t size, size_t at, unsigned type,
     struct dns_record *r)
 {
@@ -115,7 +117,7 @@ static int read_answer(const unsigned char *answer, size_t size, size_t at, unsi
         size_t data = get_name(answer, at, r[count].name, NAME_SIZE) + 10;
 
         memcpy(&r[count].address, answer + data, 4);
-        r[count].preference = get(answer + data);
+        r[count].preference = (int)get(answer + data);
         if (type == DNS_MX)
             get_name(answer, data + 2, r[count].name, NAME_SIZE);
         at = data + get(answer + data - 2);
@@ -173,18 +175,18 @@ static size_t next_line(const char *bytes, size_t size)
     return 0;
 }
 
-/* Says something, reads the reply, and judges it by its first digit: RFC 5321 4.2.1.  All
- * lines of a reply but the last are `250-words`. */
+/* Sends `size` octets of `text`, reads the reply, and judges it by its first digit: RFC 5321 4.2.1.
+ * All lines of a reply but the last are `250-words`.  A line that is cut off or too long is no reply. */
 static enum outcome say(FILE *x, char wanted, const char *text, size_t size)
 {
     strcpy(words, "connection lost");
     for (ssize_t n; size > 0; text += n, size -= (size_t)n)
         if ((n = write(fileno(x), text, size)) <= 0)
             return LATER;       /* after REPLY_SECONDS without progress, too */
-    do
-        if (fgets(words, sizeof words, x) == NULL)
+    do {
+        if (fgets(words, sizeof words, x) == NULL || strchr(words, '\n') == NULL)
             return LATER;
-    while (words[3] == '-');
+    } while (words[3] == '-');
     words[strcspn(words, "\r\n")] = '\0';
     return words[0] == wanted ? SENT : words[0] == '5' ? FAILED : LATER;
 }
@@ -201,7 +203,7 @@ static enum outcome transact(FILE *x, const char *rcpt)
         outcome = say(x, i < 3 ? '2' : '3', lines[i], next_line(lines[i], LINE_SIZE));
     if (outcome == SENT)
         outcome = say(x, '2', body, strlen(body));
-    dprintf(fileno(x), "QUIT\r\n");     /* whatever it answers: what is done is done */
+    dprintf(fileno(x), "QUIT\r\n");     /* its reply changes nothing any more */
     return outcome;
 }
 
@@ -221,9 +223,9 @@ static int start_connecting(struct in_addr address)
     return fd;
 }
 
-/* Connects to all exchangers of one preference at once.  Returns the first that greets, which
- * is the nearest, or NULL. */
-static FILE *race(const struct dns_record *mx, int count, unsigned preference)
+/* Connects to all exchangers of one preference at once.  Returns the connection to the first that
+ * greets, or NULL. */
+static FILE *race(const struct dns_record *mx, int count, int preference)
 {
     static struct dns_record found[2 * RECORDS];
     FILE *winner = NULL;
@@ -249,7 +251,7 @@ static FILE *race(const struct dns_record *mx, int count, unsigned preference)
         if (select(FD_SETSIZE, &readable, NULL, NULL, &patience) <= 0)
             break;
         for (int fd = 0; fd < FD_SETSIZE && winner == NULL; fd++)
-            if (FD_ISSET(fd, &readable)) {      /* it has greeted, or it cannot be reached */
+            if (FD_ISSET(fd, &readable)) {      /* the exchanger has greeted, or cannot be reached */
                 FD_CLR(fd, &racing);
                 racers--;
                 fcntl(fd, F_SETFL, 0);          /* from here on, calls may wait */
@@ -266,13 +268,24 @@ static FILE *race(const struct dns_record *mx, int count, unsigned preference)
     return winner;
 }
 
+/* Returns the lowest preference that is at least `least`; -1: there is none. */
+static int next_preference(const struct dns_record *mx, int count, int least)
+{
+    int lowest = -1;
+
+    for (int i = 0; i < count; i++)
+        if (mx[i].preference >= least && (lowest < 0 || mx[i].preference < lowest))
+            lowest = mx[i].preference;
+    return lowest;
+}
+
 /* Tries the exchangers of a recipient's domain, those of the lowest preference first. */
 static enum outcome deliver(const char *rcpt)
 {
     static struct dns_record mx[RECORDS];
     enum outcome outcome = LATER;
     char domain[NAME_SIZE] = "";
-    int count;
+    int count, preference;
     FILE *x;
 
     sscanf(rcpt, "%*[^@]@%255[^>]", domain);
@@ -283,11 +296,14 @@ static enum outcome deliver(const char *rcpt)
         count = 1;
     }
     strcpy(words, count == NO_DOMAIN ? "there is no such domain" : "no exchanger can be found");
-    for (unsigned preference = 0; preference <= 0xFFFF && outcome == LATER; preference++)
+    preference = next_preference(mx, count, 0);
+    while (preference >= 0 && outcome == LATER) {
         if ((x = race(mx, count, preference)) != NULL) {
             outcome = transact(x, rcpt);
             fclose(x);
         }
+        preference = next_preference(mx, count, preference + 1);
+    }
     return count == NO_DOMAIN ? FAILED : outcome;
 }
 
@@ -298,6 +314,7 @@ static void forward(const char *id)
     static const char *const notes[] = { "RCPT", "SENT", "FAIL" };
     struct flock lock = { .l_type = F_WRLCK, .l_whence = SEEK_SET };
     int fd = open(id, O_RDWR), owed = 0, refused = 0;
+    enum outcome outcome;
     struct stat st;
     char failed[80];
 
@@ -305,13 +322,16 @@ static void forward(const char *id)
         return;
     message = calloc(1, (size_t)st.st_size + 1);
     if (message == NULL || read(fd, message, (size_t)st.st_size) != st.st_size
-        || (body = strstr(message, "\r\nDATA\r\n")) == NULL)
+        || (body = strstr(message, "\r\nDATA\r\n")) == NULL) {
+        fprintf(stderr, "%s: cannot be read into memory; it stays in the queue\n", id);
         return;
+    }
     body += strlen("\r\nDATA\r\n");
     alarm(TRY_SECONDS);
     for (char *line = message; line < body; line += next_line(line, LINE_SIZE)) {
         if (line[0] == 'R') {
-            memcpy(line, notes[deliver(line)], 4);
+            outcome = deliver(line);
+            memcpy(line, notes[outcome], 4);
             if (pwrite(fd, line, 4, line - message) != 4 || fsync(fd) != 0)
                 die(id);
             fprintf(stderr, "%s %.*s (%s)\n", id, (int)strcspn(line, "\r"), line, words);
@@ -321,7 +341,7 @@ static void forward(const char *id)
     }
     snprintf(failed, sizeof failed, "../failed/%s", id);
     if (owed == 0 && refused > 0)
-        rename(id, failed);     /* for somebody to look at */
+        rename(id, failed);     /* a person has to look at it */
     else if (owed == 0)
         unlink(id);
 }
@@ -336,23 +356,23 @@ enum phase {
     ADDRESSED,      /* at least one recipient is, too */
     DATA,           /* 354 is sent; lines go to the draft */
     GONE,           /* the last reply is sent: run() closes the session */
-    SAME            /* of a command: it does not change the phase */
+    SAME            /* no phase: in commands[], "stays in the same phase" */
 };
 
 static struct session {
-    int fd;                 /* the client */
-    unsigned port;          /* the client's */
+    int fd;                 /* the connection to the client */
+    unsigned port;          /* of the client */
     enum phase phase;
     FILE *draft;            /* the message that is being received, or NULL */
-    char path[64], *id;     /* of its file: tmp/ and the id, which is its name in queue/, too */
+    char path[64], *id;     /* the draft's file: tmp/ and its id, which is its name in queue/, too */
     bool spoiled;           /* it holds a bare CR, a bare LF or a NUL */
     char in[LINE_SIZE];     /* received, not yet consumed */
     size_t size;
 } sessions[FD_SETSIZE];     /* by descriptor */
 static fd_set watched;      /* all clients; and the listener, while there is room for one more */
 static int listener, clients, queue_dir, children;
-static volatile sig_atomic_t got_alarm = 1;
-static sigset_t open_mask;  /* blocks no signal */
+static volatile sig_atomic_t got_alarm = 1;     /* it is time for run_queue(), as it is at the start */
+static sigset_t open_mask;  /* the signals that are blocked inside pselect(): none of ours */
 
 /* Sends a reply.  A client that leaves no room for it has stopped reading, and is given up. */
 static void reply(struct session *s, const char *format, ...)
@@ -372,7 +392,7 @@ static void start_forwarder(const char *id)
 
     if (pid == 0) {
         for (int fd = 3; fd < FD_SETSIZE; fd++)
-            close(fd);      /* or a client would wait for the end of a connection that we hold */
+            close(fd);      /* a connection ends for the client when its last copy is closed */
         signal(SIGALRM, SIG_DFL);
         sigprocmask(SIG_SETMASK, &open_mask, NULL);
         if (chdir("queue") == 0)
@@ -399,6 +419,7 @@ static void run_queue(void)
         rewinddir(queue);
 }
 
+/* Begins a draft, with a name that no other message has had. */
 static bool draft_open(struct session *s)
 {
     static unsigned count;
@@ -413,13 +434,14 @@ static void draft_drop(struct session *s)
 {
     if (s->draft != NULL) {
         fclose(s->draft);
-        unlink(s->path);        /* it is there no more if the draft was stored */
+        unlink(s->path);        /* fails if the draft was stored: the file has its new name */
     }
     s->draft = NULL;
     s->spoiled = false;
 }
 
-/* Makes a draft a message: once this has returned true, the mail is ours to lose. */
+/* Moves a draft into the queue.  Once this has returned true, the message survives a crash, and the
+ * server may take responsibility for it. */
 static bool draft_store(struct session *s)
 {
     return !ferror(s->draft) && fflush(s->draft) == 0 && fsync(fileno(s->draft)) == 0
@@ -445,8 +467,8 @@ static const struct command {
     { "",           CONNECTED, ADDRESSED, SAME,      "500 5.5.2 Error: command not recognized\r\n" }
 };
 
-/* Is it <local-part@domain>, or <> where that is allowed?  A part of RFC 5321 4.1.2: no quotes,
- * no address literals. */
+/* Is `text` <local-part@domain>, or <> where `null` allows it?  A part of RFC 5321 4.1.2: no quotes,
+ * no address literals.  sscanf() sets `end` only if all before %n fits. */
 static bool is_path(const char *text, bool null)
 {
     int end = 0;
@@ -473,7 +495,7 @@ static void take_command(struct session *s, const char *line)
     const struct command *c = commands;
     const char *path;
 
-    while (strncasecmp(line, c->verb, strlen(c->verb)) != 0)        /* the last one fits all lines */
+    while (strncasecmp(line, c->verb, strlen(c->verb)) != 0)        /* the last row fits every line */
         c++;
     path = line + strlen(c->verb);
     if (s->phase < c->first || s->phase > c->last) {
@@ -501,10 +523,10 @@ static void take_message(struct session *s, size_t size)
 {
     fwrite(s->in, 1, size, s->draft);
     if (strcspn(s->in, "\r\n") != size - 2)
-        s->spoiled = true;          /* another server may take a bare CR or LF for a line's end */
+        s->spoiled = true;          /* strcspn() met a CR, LF or NUL before the line's end */
     if (size != 3 || s->in[0] != '.')
         return;
-    s->phase = READY;               /* the dot has come */
+    s->phase = READY;               /* this line is the dot: the message is complete */
     if (s->spoiled) {
         reply(s, "550 5.5.2 Error: bare CR, bare LF or NUL in the message\r\n");
     } else if (!draft_store(s)) {
@@ -516,7 +538,7 @@ static void take_message(struct session *s, size_t size)
     draft_drop(s);
 }
 
-/* Takes all whole lines.  What is left is the beginning of one, and waits for the rest. */
+/* Takes all whole lines.  What is left is the beginning of the next line. */
 static void converse(struct session *s)
 {
     size_t size;
@@ -549,19 +571,23 @@ static void hear(struct session *s)
     converse(s);
 }
 
-/* Accepts a client.  It may have left: that the listener was readable promises nothing. */
+/* Accepts a client.  This may fail although the listener was readable: the client may have left,
+ * or no descriptor is free.  Then the listener waits until run() has closed a session. */
 static void welcome(void)
 {
     struct sockaddr_in peer;
     socklen_t size = sizeof peer;
     int fd = accept(listener, (struct sockaddr *)&peer, &size);
 
-    if (fd < 0)
+    if (fd < 0) {
+        if (errno == EMFILE && clients > 0)
+            FD_CLR(listener, &watched);
         return;
+    }
     fcntl(fd, F_SETFL, O_NONBLOCK);
     FD_SET(fd, &watched);
     if (++clients == CLIENTS)
-        FD_CLR(listener, &watched);
+        FD_CLR(listener, &watched);     /* the others wait in the kernel's queue */
     sessions[fd] = (struct session){ .fd = fd, .port = ntohs(peer.sin_port) };
     reply(&sessions[fd], "220 %s ESMTP\r\n", hostname);
 }
@@ -576,7 +602,7 @@ static void run(void)
         if (got_alarm)
             run_queue();
         if (pselect(FD_SETSIZE, &readable, NULL, NULL, NULL, &open_mask) < 0)
-            continue;                   /* a signal: only here it can come */
+            continue;                   /* a signal has come, as it can only inside pselect() */
         for (int fd = 0; fd < FD_SETSIZE; fd++) {
             if (!FD_ISSET(fd, &readable))
                 continue;
@@ -597,7 +623,7 @@ static void run(void)
 
 static void on_signal(int number)
 {
-    got_alarm = got_alarm || number == SIGALRM;     /* SIGCHLD has to end the wait, and that is all */
+    got_alarm = got_alarm || number == SIGALRM;     /* SIGCHLD only has to end the wait */
 }
 
 static struct sockaddr_in address_of(const char *text, const char *port)
@@ -616,7 +642,7 @@ static void listen_on(const char *port)
     int on = 1;
 
     listener = socket(AF_INET, SOCK_STREAM, 0);
-    setsockopt(listener, SOL_SOCKET, SO_REUSEADDR, &on, sizeof on);     /* at once after the last run */
+    setsockopt(listener, SOL_SOCKET, SO_REUSEADDR, &on, sizeof on);     /* or a restart has to wait */
     if (bind(listener, (struct sockaddr *)&a, sizeof a) != 0 || listen(listener, SOMAXCONN) != 0)
         die("cannot listen");
     fcntl(listener, F_SETFL, O_NONBLOCK);
@@ -638,6 +664,7 @@ static void enter_spool(const char *path)
         die("queue");
 }
 
+/* Blocks SIGCHLD and SIGALRM everywhere but in pselect(): see "The lost wake-up" in chapter 5. */
 static void catch_signals(void)
 {
     struct sigaction action = { .sa_handler = on_signal };

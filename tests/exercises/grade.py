@@ -156,7 +156,7 @@ def exercise_4(tree):
     source = re.sub(r"/\*.*?\*/", "", course.source(2, tree.course).read_text(), flags=re.DOTALL)
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (2000, hard))     # of this process, which has the clients
-    server = tree.run(2, limit=1500)
+    server = tree.run(2, limit="-n 1500")
     clients = [tree.client(server, greeting=False) for _ in range(1400)]
     within(20, lambda: course.readable(clients[-1].sock, 0),
            "of 1400 clients the last one is not greeted: there must be no limit but that of open files, 1500 here")
