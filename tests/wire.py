@@ -176,8 +176,8 @@ then what they mean (RFC 1035, section 4.1). All numbers have the most significa
 {dissect(answer)}
 Look at the pointers. The owner of each record is the name that was asked for, and that stands at 12, in the question:
 two octets in place of {len(encode_name("example.net"))}. The name of the first exchanger is one label and then a
-pointer to the same place. No part of the second exchanger's name stands in the packet before, so it is written out. A pointer
-leads *back*: a program that follows one forward, or to itself, can be kept going round for ever.
+pointer to the same place. The second exchanger's name shares no part with a name before it, so it is written out. A
+pointer leads *back*: a program that follows one forward, or to itself, can be made to go round for ever.
 
 ## The answer to the next question
 
