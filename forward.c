@@ -2923,7 +2923,7 @@ struct party {
     struct recipient **to;
     size_t count;
     pid_t child;            /* that tries this domain, if there are several ... */
-    bool dead;              /* ... and whether it reached no exchanger */
+    bool dead;              /* ... and whether it reached no exchanger, or none with room */
 };
 
 /* Whether both recipients' mail goes to the same exchangers.  With a smarthost all does. */
@@ -3040,7 +3040,8 @@ static void end_party(struct party *parties, size_t count, pid_t child, int stat
             parties[i].dead = WIFEXITED(status) && WEXITSTATUS(status) == NOT_SERVED;
 }
 
-/* Reads what the children have recorded, and the failures that they have passed on. */
+/* Reads what the children have recorded, and the failures that they have passed on: only
+ * these are new to the file. */
 static void read_results(struct message *m, const struct draft *failures)
 {
     struct reader r = { .fd = failures->fd };
