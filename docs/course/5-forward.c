@@ -123,7 +123,8 @@ static void forward(const char *id)
 {
     static const char *const notes[] = { "RCPT", "SENT", "FAIL" };
     struct flock lock = { .l_type = F_WRLCK, .l_whence = SEEK_SET };
-    int fd = open(id, O_RDWR), owed = 0, refused = 0;
+    int fd = open(id, O_RDWR);
+    bool owed = false, refused = false;     /* is any recipient waiting; was any refused */
     enum outcome outcome;
     struct stat st;
     char failed[80];
@@ -146,13 +147,13 @@ static void forward(const char *id)
                 die(id);
             fprintf(stderr, "%s %.*s (%s)\n", id, (int)strcspn(line, "\r"), line, words);
         }
-        owed += line[0] == 'R';
-        refused += line[0] == 'F';
+        owed = owed || line[0] == 'R';
+        refused = refused || line[0] == 'F';
     }
     snprintf(failed, sizeof failed, "../failed/%s", id);
-    if (owed == 0 && refused > 0)
+    if (!owed && refused)
         rename(id, failed);     /* a person has to look at it */
-    else if (owed == 0)
+    else if (!owed)
         unlink(id);
 }
 
@@ -209,7 +210,8 @@ static void start_forwarder(const char *id)
             forward(id);
         _exit(0);
     }
-    children += pid > 0;
+    if (pid > 0)
+        children++;
 }
 
 /* Tries what is in the queue, once a minute, from where the last run had to stop. */
