@@ -57,6 +57,25 @@ def test_two_builds_are_the_same_to_the_octet(tree):
     assert (first / "smtp").read_bytes() == (second / "smtp").read_bytes()
 
 
+def test_make_binds_functions_at_the_start(tree):
+    """Or each child that is forked would bind its functions anew."""
+    if shutil.which("readelf") is None:
+        pytest.skip("readelf is not installed")
+    place = tree("a")
+    make(place)
+    dynamic = subprocess.run(["readelf", "-d", place / "smtp"], capture_output=True, text=True, check=True).stdout
+    assert re.search(r"\bNOW\b", dynamic)
+
+
+def test_make_does_without_what_the_linker_does_not_know(tree):
+    place = tree("a")
+    compiler = place / "compiler"
+    compiler.write_text('#!/bin/sh\ncase "$*" in *,-z,*) echo "unknown option -z" >&2; exit 1;; esac\nexec cc "$@"\n')
+    compiler.chmod(0o755)
+    make(place, f"CC={compiler}")
+    assert subprocess.run([place / "smtp", "-V"], capture_output=True).returncode == 0
+
+
 @pytest.mark.parametrize("macros, program, manual", [
     ((), "usr/local/sbin/smtp", "usr/local/share/man/man8/smtp.8"),
     (("PREFIX=/usr",), "usr/sbin/smtp", "usr/share/man/man8/smtp.8"),

@@ -446,6 +446,23 @@ def test_a_number_that_has_no_name(relay, spool):
     assert (spool.stat().st_uid, spool.stat().st_gid) == (64321, 64321)
 
 
+def libraries(pid):
+    """The libraries in a process's memory."""
+    with open(f"/proc/{pid}/maps") as maps:
+        return set(re.findall(r"/\S+\.so\S*", maps.read()))
+
+
+@needs_root
+@needs_proc
+def test_the_look_up_of_the_user_leaves_no_library_in_memory(relay):
+    """Each child that is forked would have to take it over.  `nobody` is found in passwd; `smtp` is looked for where
+    nsswitch.conf says, if it is not there."""
+    server = relay("-u", "nobody")
+    without = libraries(server.pid)
+    server.stop()
+    assert libraries(relay().pid) == without
+
+
 def test_who_is_not_root_stays_who_he_is(spool):
     assert "-u" in refusal(2, "-u", "nobody", "-q", spool, *HERE, program=as_nobody())
 
