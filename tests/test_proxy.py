@@ -23,7 +23,8 @@ def header(source, port=4711, command=PROXY, family=None, extra=b""):
 @pytest.fixture
 def behind(relay):
     """behind(b"...") is a Client that begins so, of a relay behind a proxy on 127.0.0.1."""
-    server = relay("-X", "127.0.0.1", "-a", "192.0.2.0/24", "-a", "2001:db8::/32", "-c", 2)
+    server = relay("-X", "127.0.0.1", "-a", "192.0.2.0/24", "-a", "2001:db8::/32", "-c", 2,
+                   "-s", "127.0.0.1:1")         # where nobody listens: mail stays in the queue
     clients = []
 
     def connect(*pieces):
