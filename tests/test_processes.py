@@ -370,7 +370,7 @@ def test_a_dead_domain_of_several_costs_one_try_for_all_of_a_batch(pair, relay, 
     os.kill(manager, signal.SIGCONT)
     live.wait_for_messages(20)
     wait_for(lambda: len(server.logged("to=<c.* status=later .*no answer in time")) == 20)
-    assert len(dead.connections) <= 3
+    assert len(dead.connections) <= 10      # one for each batch, which takes what it can in a second
 
 
 def test_domains_that_are_not_reached_give_the_slot_to_others_in_between(pair, world, relay, tmp_path):
@@ -553,8 +553,8 @@ def test_a_retry_beside_two_slow_places_with_long_queues(world, exchangers, rela
     with server.client() as client:
         for number in range(800):
             assert client.deliver("", [f"b@slow{number % 2}.example.org"], LETTER).startswith(QUEUED)
-    live.wait_for_messages(1, timeout=60)
-    assert len(slow.messages) < 500
+    retried, = live.wait_for_messages(1, timeout=60)
+    assert sum(message.received < retried.received for message in slow.messages) < 500
 
 
 # ---- Deaths ------------------------------------------------------------------------------------------

@@ -750,9 +750,10 @@ def test_listing_of_what_has_a_word(house):
                          ((first.name,), [first]), (("nour", "lina"), [first, second]), (("done@",), []),
                          (("a@example.nex",), []), (("451",), []), (("nour@", "a@"), [first, second])]:
         assert ids(*words) == [path.name for path in found], words
-    assert listing(world.relay, "nour").splitlines() == [
-        *[line for line in listing(world.relay).splitlines() if "nour" in line or "a@example.net" in line],
-        "1 message for 1 recipient, 12 octets"]
+    def timeless(*words):
+        return re.sub(r"\d+m\d\ds", "-", listing(world.relay, *words)).splitlines()
+    assert timeless("nour") == [*[line for line in timeless() if "nour" in line or "a@example.net" in line],
+                                "1 message for 1 recipient, 12 octets"]
 
 
 def test_words_of_all_exchangers_are_recorded_and_listed(dns, exchangers, relay):
