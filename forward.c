@@ -2447,8 +2447,8 @@ static bool watch(struct route *route)
     return true;
 }
 
-/* Appends a time of `us` microseconds in milliseconds.  "%.2f" would do, but the first
- * floating point number that a process prints makes the C library load and link much. */
+/* Appends a time of `us` microseconds in milliseconds.  "%.2f" is not used because
+ * libc's code for floating point costs each child several page faults. */
 static void put_ms(FILE *line, const char *name, int64_t us)
 {
     put(line, " %s=%ld.%02ldms", name, (long)(us / 1000), (long)(us % 1000 / 10));

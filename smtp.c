@@ -2201,9 +2201,9 @@ struct account {
     gid_t gid;
 };
 
-/* Finds the account of a user.  A child looks it up, because getpwnam() may load
- * libraries that stay in memory: every later fork would copy their mappings, which can
- * cost a fifth of the processor time of a message. */
+/* Looks a user up, and returns whether there is one of this name.  A child does it, because
+ * getpwnam() may load libraries that stay in memory: every later fork would copy their
+ * mappings, which can cost a fifth of the processor time of a message. */
 static bool look_up(const char *name, struct account *account)
 {
     int ends[2];
@@ -2229,8 +2229,8 @@ static bool look_up(const char *name, struct account *account)
     return size == (ssize_t)sizeof *account;
 }
 
-/* The account of `name`: of a user, or a number that is both user and group, for systems
- * without names, such as an empty chroot. */
+/* Returns the account of `name`, which is a user's name, or a number that is both user and
+ * group, for systems without names, such as an empty chroot.  NULL: the default user's. */
 static struct account find_account(const char *name)
 {
     struct account account;
